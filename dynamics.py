@@ -1,0 +1,123 @@
+"""The vector fields of a diffusion model as diffrax sees them: reverse SDE, probability flow, flow with log-density."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import diffrax
+import jax
+import jax.numpy as jnp
+import lineax
+from jaxtyping import Array, Bool, Float, Int, Key, PyTree
+
+from errors import lookup
+from parameterization import ScoreFn
+from sde_lib import SDE, coefficients
+
+VectorField = Callable  # (t, state, args) -> d state / dt
+
+# name: the diffrax solver of an ODE with adaptive steps
+SOLVERS = {
+  "tsit5": diffrax.Tsit5,
+  "dopri5": diffrax.Dopri5,
+  "dopri8": diffrax.Dopri8,
+  "heun": diffrax.Heun,
+  "bosh3": diffrax.Bosh3,
+}
+
+
+def probability_flow(sde: SDE, score_fn: ScoreFn) -> VectorField:
+  """dx/dt = f x - g^2 / 2 score (Song et al. 2021, eq. 13); `args` are the labels handed to `score_fn`."""
+
+  def field(t, x, args):
+    f, g_squared = coefficients(sde, t)
+    return f * x - 0.5 * g_squared * score_fn(x, t, args)
+
+  return field
+
+
+def reverse_sde(
+  sde: SDE, score_fn: ScoreFn, key: Key[Array, ""], shape: tuple[int, ...]
+) -> diffrax.AbstractTerm:
+  """dx = [f x - g^2 score] dt + g dw backwards (Song et al. 2021, eq. 6) as terms in s = t_max - t, from 0 upwards.
+
+  diffrax's stochastic Runge-Kutta solvers are wrong for decreasing time, so time runs forward here. The Brownian
+  path needs constant steps and `ForwardMode` or `DirectAdjoint`; `args` are the labels.
+  """
+
+  def drift(s, x, args):
+    f, g_squared = coefficients(sde, sde.t_max - s)
+    return g_squared * score_fn(x, sde.t_max - s, args) - f * x
+
+  def diffusion(s, x, _):
+    g = jnp.sqrt(coefficients(sde, sde.t_max - s)[1])
+    return lineax.DiagonalLinearOperator(jnp.broadcast_to(g, x.shape))
+
+  path = diffrax.UnsafeBrownianPath(shape, key, levy_area=diffrax.SpaceTimeLevyArea)
+  return diffrax.MultiTerm(diffrax.ODETerm(drift), diffrax.ControlTerm(diffusion, path))
+
+
+def with_log_density(field: VectorField, probe: Float[Array, "k *d"] | None) -> VectorField:
+  """The flow of (x, log p) for one example x [*d]: d log p / dt = -div field (Chen et al. 2018, eq. 8).
+
+  Drift and divergence come from one forward-mode pass; the network runs once.
+
+  Args:
+    probe: [k, *d] probes of identity covariance, averaged (Hutchinson), or None for the exact trace.
+  """
+
+  def augmented(t, state, args):
+    x, _ = state
+    basis = jnp.eye(x.size, dtype=x.dtype).reshape(x.size, *x.shape) if probe is None else probe
+    push = jax.vmap(lambda v: jax.jvp(lambda y: field(t, y, args), (x,), (v,)), out_axes=(None, 0))
+    drift, tangents = push(basis)
+    trace = jnp.sum(basis * tangents)
+    return drift, -(trace if probe is None else trace / probe.shape[0])
+
+  return augmented
+
+
+class Solution(NamedTuple):
+  """End of an ODE solve: `ok` is False where it hit max_steps or left the finite numbers."""
+
+  state: PyTree
+  nfe: Int[Array, ""]
+  ok: Bool[Array, ""]
+
+
+def solve(
+  field: VectorField,
+  state: PyTree,
+  t0: float,
+  t1: float,
+  *,
+  solver: str,
+  rtol: float,
+  atol: float,
+  max_steps: int,
+  args=None,
+) -> Solution:
+  """Integrates `field` from t0 to t1 (either direction) with adaptive steps; one error norm over `state`.
+
+  Args:
+    solver: a name in `SOLVERS`.
+    max_steps: accepted and rejected steps allowed.
+  """
+  method = lookup(SOLVERS, solver, "solver")()
+  solution = diffrax.diffeqsolve(
+    diffrax.ODETerm(field),
+    method,
+    t0,
+    t1,
+    dt0=None,
+    y0=state,
+    args=args,
+    stepsize_controller=diffrax.PIDController(rtol, atol),
+    max_steps=max_steps,
+    adjoint=diffrax.ForwardMode(),
+    throw=False,
+  )
+  end = jax.tree.map(lambda y: y[-1], solution.ys)
+  finite = jnp.array([jnp.isfinite(y).all() for y in jax.tree.leaves(end)]).all()
+  stages, reuses = method.tableau.num_stages, method.tableau.fsal
+  nfe = solution.stats["num_steps"] * (stages - reuses) + reuses
+  return Solution(end, nfe, finite & (solution.result == diffrax.RESULTS.successful))

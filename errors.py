@@ -1,0 +1,31 @@
+"""What a user sees when an input is wrong: one message that says how to mend it."""
+
+
+class ConfigError(ValueError):
+  """A configuration or a workdir that cannot be used; `main` prints it without a traceback and exits with 1."""
+
+
+class RunError(RuntimeError):
+  """A run that cannot go on (a loss that is not finite, a failed solve); printed like `ConfigError`."""
+
+
+def invalid(field: str, value, legal: str, mend: str = "") -> ConfigError:
+  """The message of every rejected setting: field, value, what is legal, how to mend it."""
+  return ConfigError(
+    f"{field} = {value!r} is not usable.\n  legal: {legal}" + (f"\n  mend:  {mend}" if mend else "")
+  )
+
+
+def lookup(table: dict, name: str, field: str):
+  """`table[name]`; an unknown name raises a `ConfigError` that lists the legal ones."""
+  if name not in table:
+    raise invalid(
+      field, name, ", ".join(map(repr, sorted(table))), f"set {field} to one of these names"
+    )
+  return table[name]
+
+
+def check(condition: bool, field: str, value, legal: str, mend: str = "") -> None:
+  """Raises the `ConfigError` of `invalid` unless `condition` holds."""
+  if not condition:
+    raise invalid(field, value, legal, mend)

@@ -1,0 +1,97 @@
+"""What a network predicts and what it is told about time; the one conversion to noise, score and data.
+
+noise_hat = c_skip x + c_out F(c_in x, c_noise); score = -noise_hat / sigma; data = (x - sigma noise_hat) / alpha.
+"""
+
+from collections.abc import Callable
+
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Float
+
+from errors import lookup
+from sde_lib import SDE, Time, expand, log_snr, marginal
+
+NoiseFn = Callable  # (x [b, *d], t scalar or [b], labels=None) -> predicted noise [b, *d]
+ScoreFn = Callable  # the same arguments -> score [b, *d]
+
+
+def _edm(alpha, sigma, sigma_data):
+  """Karras et al. 2022, table 1, for y = x / alpha at noise level r = sigma / alpha."""
+  r = sigma / alpha
+  total = r**2 + sigma_data**2
+  return 1 / (alpha * jnp.sqrt(total)), r / (alpha * total), -sigma_data / jnp.sqrt(total)
+
+
+# name: (alpha, sigma, sigma_data) -> (c_in, c_skip, c_out)
+OUTPUTS = {
+  "noise": lambda alpha, sigma, _: (1.0, 0.0, 1.0),
+  "score": lambda alpha, sigma, _: (1.0, 0.0, -sigma),
+  "scaled_score": lambda alpha, sigma, _: (1.0, 0.0, -1.0),
+  "data": lambda alpha, sigma, _: (1.0, 1 / sigma, -alpha / sigma),
+  "v": lambda alpha, sigma, _: (1.0, sigma / (alpha**2 + sigma**2), alpha / (alpha**2 + sigma**2)),
+  "velocity": lambda alpha, sigma, _: (1.0, 1 / (alpha + sigma), alpha / (alpha + sigma)),
+  "edm": _edm,
+}
+
+# name: (sde, t) -> what the network is told about time
+C_NOISE = {
+  "t999": lambda sde, t: 999 * t / sde.t_max,
+  "index": lambda sde, t: jnp.argmin(jnp.abs(sde.times[None] - t[:, None]), 1).astype(t.dtype),
+  "log_sigma": lambda sde, t: jnp.log(marginal(sde, t)[1]),
+  "log_sigma4": lambda sde, t: -log_snr(sde, t) / 8,
+  "log_snr": log_snr,
+  "sigma": lambda sde, t: marginal(sde, t)[1],
+}
+
+
+def make_noise_fn(
+  sde: SDE,
+  model: nn.Module,
+  params,
+  *,
+  output: str,
+  c_noise: str,
+  train: bool = False,
+  rngs=None,
+  sigma_data: float = 0.5,
+) -> NoiseFn:
+  """The noise prediction (x [b, *d], t scalar or [b], labels [b] or None) -> noise_hat [b, *d] of a network.
+
+  Args:
+    model: linen module called as `model.apply({"params": params}, x, c_noise, labels, train)`.
+    output: what the network predicts, a name in `OUTPUTS`.
+    c_noise: what it is told about time, a name in `C_NOISE`.
+    sigma_data: std of the data, used by the output "edm" only.
+  """
+  coefficients, tell = (
+    lookup(OUTPUTS, output, "parameterization.output"),
+    lookup(C_NOISE, c_noise, "parameterization.c_noise"),
+  )
+
+  def noise_fn(x: Float[Array, "b *d"], t: Time, labels=None) -> Float[Array, "b *d"]:
+    t = jnp.broadcast_to(jnp.asarray(t, x.dtype), x.shape[:1])
+    c_in, c_skip, c_out = (expand(c, x) for c in coefficients(*marginal(sde, t), sigma_data))
+    return c_skip * x + c_out * model.apply(
+      {"params": params}, c_in * x, tell(sde, t), labels, train, rngs=rngs
+    )
+
+  return noise_fn
+
+
+def score_from_noise(sde: SDE, noise: Float[Array, "b *d"], t: Time) -> Float[Array, "b *d"]:
+  """score = -noise / sigma(t)."""
+  return -noise / expand(marginal(sde, t)[1], noise)
+
+
+def data_from_noise(
+  sde: SDE, x: Float[Array, "b *d"], noise: Float[Array, "b *d"], t: Time
+) -> Float[Array, "b *d"]:
+  """The predicted clean data E[x_0 | x_t] = (x - sigma(t) noise) / alpha(t)."""
+  alpha, sigma = marginal(sde, t)
+  return (x - expand(sigma, x) * noise) / expand(alpha, x)
+
+
+def make_score_fn(sde: SDE, noise_fn: NoiseFn) -> ScoreFn:
+  """The score of p_t: (x [b, *d], t scalar or [b], labels=None) -> [b, *d]."""
+  return lambda x, t, labels=None: score_from_noise(sde, noise_fn(x, t, labels), t)
