@@ -1,4 +1,6 @@
-"""The vector fields of a diffusion model as diffrax sees them: reverse SDE, probability flow, flow with log-density."""
+"""The vector fields of a diffusion model as diffrax sees them: reverse SDE, probability flow, flow
+with log-density.
+"""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -26,7 +28,9 @@ SOLVERS = {
 
 
 def probability_flow(sde: SDE, score_fn: ScoreFn) -> VectorField:
-  """dx/dt = f x - g^2 / 2 score (Song et al. 2021, eq. 13); `args` are the labels handed to `score_fn`."""
+  """dx/dt = f x - g^2 / 2 score (Song et al. 2021, eq. 13); `args` are the labels handed to
+  `score_fn`.
+  """
 
   def field(t, x, args):
     f, g_squared = coefficients(sde, t)
@@ -38,10 +42,12 @@ def probability_flow(sde: SDE, score_fn: ScoreFn) -> VectorField:
 def reverse_sde(
   sde: SDE, score_fn: ScoreFn, key: Key[Array, ""], shape: tuple[int, ...]
 ) -> diffrax.AbstractTerm:
-  """dx = [f x - g^2 score] dt + g dw backwards (Song et al. 2021, eq. 6) as terms in s = t_max - t, from 0 upwards.
+  """dx = [f x - g^2 score] dt + g dw backwards (Song et al. 2021, eq. 6) as terms in s = t_max - t,
+  from 0 upwards.
 
-  diffrax's stochastic Runge-Kutta solvers are wrong for decreasing time, so time runs forward here. The Brownian
-  path needs constant steps and `ForwardMode` or `DirectAdjoint`; `args` are the labels.
+  diffrax's stochastic Runge-Kutta solvers are wrong for decreasing time, so time runs forward here.
+  The Brownian path needs constant steps and `ForwardMode` or `DirectAdjoint`; `args` are the
+  labels.
   """
 
   def drift(s, x, args):
@@ -57,12 +63,14 @@ def reverse_sde(
 
 
 def with_log_density(field: VectorField, probe: Float[Array, "k *d"] | None) -> VectorField:
-  """The flow of (x, log p) for one example x [*d]: d log p / dt = -div field (Chen et al. 2018, eq. 8).
+  """The flow of (x, log p) for one example x [*d]: d log p / dt = -div field (Chen et al. 2018, eq.
+  8).
 
   Drift and divergence come from one forward-mode pass; the network runs once.
 
   Args:
-    probe: [k, *d] probes of identity covariance, averaged (Hutchinson), or None for the exact trace.
+    probe: [k, *d] probes of identity covariance, averaged (Hutchinson), or None for the exact
+      trace.
   """
 
   def augmented(t, state, args):
@@ -96,7 +104,8 @@ def solve(
   max_steps: int,
   args=None,
 ) -> Solution:
-  """Integrates `field` from t0 to t1 (either direction) with adaptive steps; one error norm over `state`.
+  """Integrates `field` from t0 to t1 (either direction) with adaptive steps; one error norm over
+  `state`.
 
   Args:
     solver: a name in `SOLVERS`.
@@ -108,7 +117,7 @@ def solve(
     method,
     t0,
     t1,
-    dt0=None,
+    dt0=1e-3 * (t1 - t0),
     y0=state,
     args=args,
     stepsize_controller=diffrax.PIDController(rtol, atol),

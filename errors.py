@@ -2,11 +2,15 @@
 
 
 class ConfigError(ValueError):
-  """A configuration or a workdir that cannot be used; `main` prints it without a traceback and exits with 1."""
+  """A configuration or a workdir that cannot be used; `main` prints it without a traceback and
+  exits with 1.
+  """
 
 
 class RunError(RuntimeError):
-  """A run that cannot go on (a loss that is not finite, a failed solve); printed like `ConfigError`."""
+  """A run that cannot go on (a loss that is not finite, a failed solve); printed like
+  `ConfigError`.
+  """
 
 
 def invalid(field: str, value, legal: str, mend: str = "") -> ConfigError:
@@ -20,7 +24,7 @@ def lookup(table: dict, name: str, field: str):
   """`table[name]`; an unknown name raises a `ConfigError` that lists the legal ones."""
   if name not in table:
     raise invalid(
-      field, name, ", ".join(map(repr, sorted(table))), f"set {field} to one of these names"
+      field, name, ", ".join(sorted(map(repr, table))), f"set {field} to one of these names"
     )
   return table[name]
 

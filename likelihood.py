@@ -22,7 +22,9 @@ DIVERGENCES = {
 
 
 class LogLikelihood(NamedTuple):
-  """Per example: log-density in nats (NaN where the solve failed), latent at t_max, network evaluations."""
+  """Per example: log-density in nats (NaN where the solve failed), latent at t_max, network
+  evaluations.
+  """
 
   log_prob: Float[Array, " b"]
   latent: Float[Array, "b *d"]
@@ -43,13 +45,15 @@ def log_likelihood(
   max_steps: int = 1000,
   labels: Int[Array, " b"] | None = None,
 ) -> LogLikelihood:
-  """log p(x) by the instantaneous change of variables (Song et al. 2021, eq. 39), x taken as the state at t_min.
+  """log p(x) by the instantaneous change of variables (Song et al. 2021, eq. 39), x taken as the
+  state at t_min.
 
   Each example has its own step sizes, so its result does not depend on its batch mates.
 
   Args:
     key: one key, or one per example, for the probes.
-    divergence: a name in `DIVERGENCES`: "rademacher" averages num_probes Hutchinson estimates, fixed along the path.
+    divergence: a name in `DIVERGENCES`: "rademacher" averages num_probes Hutchinson estimates,
+      fixed along the path.
   """
   draw = lookup(DIVERGENCES, divergence, "divergence")
 
@@ -71,7 +75,8 @@ def log_likelihood(
 def bits_per_dim(
   log_prob: Float[Array, " b"], num_dims: int, transform: Transform
 ) -> Float[Array, " b"]:
-  """-log2 P(k) / D bounded by the log-density of dequantized data: P(k) = density x bin volume (Theis et al. 2016, eq. 3).
+  """-log2 P(k) / D bounded by the log-density of dequantized data: P(k) = density x bin volume
+  (Theis et al. 2016, eq. 3).
 
   Args:
     log_prob: log-density in nats in the model's units.

@@ -1,4 +1,6 @@
-"""Training objectives: w(t) ||noise_hat - noise||^2 under a law of t; weightings and time samplers are tables."""
+"""Training objectives: w(t) ||noise_hat - noise||^2 under a law of t; weightings and time samplers
+are tables.
+"""
 
 from collections.abc import Callable
 
@@ -38,7 +40,8 @@ def uniform_quantile(sde: SDE, u: Float[Array, " b"]) -> tuple[Array, Array]:
 
 
 def importance_quantile(sde: SDE, u: Float[Array, " b"]) -> tuple[Array, Array]:
-  """t with density proportional to g^2 / sigma^2, that is uniform in log-SNR (Song et al. 2021b, section 5.1).
+  """t with density proportional to g^2 / sigma^2, that is uniform in log-SNR (Song et al. 2021b,
+  section 5.1).
 
   Under the likelihood and elbo weightings the weight times the density ratio is a constant.
   """
@@ -56,10 +59,12 @@ def independent(quantile: Quantile) -> TimeSampler:
 
 
 def stratified(quantile: Quantile, key: Key[Array, ""], index: Array, total: int) -> TimeSampler:
-  """One uniform draw shifted by index / total: times that cover a batch evenly (Kingma et al. 2021, appendix I.1).
+  """One uniform draw shifted by index / total: times that cover a batch evenly (Kingma et al. 2021,
+  appendix I.1).
 
   Args:
-    index: [b] positions of these examples in the global batch of `total`, so that devices share one draw.
+    index: [b] positions of these examples in the global batch of `total`, so that devices share one
+      draw.
   """
   u = (jax.random.uniform(key) + index / total) % 1
   return lambda keys, sde: quantile(sde, u)
@@ -75,10 +80,11 @@ def denoising_loss(
   time_sampler: TimeSampler,
   labels: Array | None = None,
 ) -> Float[Array, " b"]:
-  """Weighted denoising score matching of each example (Song et al. 2021, eq. 7), summed over dimensions.
+  """Weighted denoising score matching of each example (Song et al. 2021, eq. 7), summed over
+  dimensions.
 
-  An unbiased estimate of the integral of w(t) E||noise_hat - noise||^2 over [t_min, t_max], divided by its
-  length; with "elbo" that is nats. `key` is one key, or one per example.
+  An unbiased estimate of the integral of w(t) E||noise_hat - noise||^2 over [t_min, t_max], divided
+  by its length; with "elbo" that is nats. `key` is one key, or one per example.
   """
   keys = example_keys(key, x0.shape[0])
   t, density_ratio = time_sampler(fold_in(keys, 0), sde)
@@ -95,7 +101,9 @@ def noise_error(
   t: Time,
   labels: Array | None = None,
 ) -> Float[Array, " b"]:
-  """||noise_hat - noise||^2 of each example at time t (scalar or [b]) for one draw of the noise; D for noise_hat = 0."""
+  """||noise_hat - noise||^2 of each example at time t (scalar or [b]) for one draw of the noise; D
+  for noise_hat = 0.
+  """
   noise = normal(key, x0.shape)
   error = noise_fn(perturb(sde, x0, noise, t), t, labels) - noise
   return (error**2).reshape(x0.shape[0], -1).sum(1)

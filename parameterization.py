@@ -1,6 +1,8 @@
-"""What a network predicts and what it is told about time; the one conversion to noise, score and data.
+"""What a network predicts and what it is told about time; the one conversion to noise, score and
+data.
 
-noise_hat = c_skip x + c_out F(c_in x, c_noise); score = -noise_hat / sigma; data = (x - sigma noise_hat) / alpha.
+noise_hat = c_skip x + c_out F(c_in x, c_noise); score = -noise_hat / sigma; data = (x - sigma
+noise_hat) / alpha.
 """
 
 from collections.abc import Callable
@@ -56,7 +58,8 @@ def make_noise_fn(
   rngs=None,
   sigma_data: float = 0.5,
 ) -> NoiseFn:
-  """The noise prediction (x [b, *d], t scalar or [b], labels [b] or None) -> noise_hat [b, *d] of a network.
+  """The noise prediction (x [b, *d], t scalar or [b], labels [b] or None) -> noise_hat [b, *d] of a
+  network.
 
   Args:
     model: linen module called as `model.apply({"params": params}, x, c_noise, labels, train)`.

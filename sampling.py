@@ -1,6 +1,7 @@
 """Samplers: one-step functions run by a scan, and the probability-flow ODE by diffrax.
 
-A `Step` maps (key, noise_fn, state, t, s) to the state at s < t; all noise is keyed by each example's global index.
+A `Step` maps (key, noise_fn, state, t, s) to the state at s < t; all noise is keyed by each
+example's global index.
 """
 
 from collections.abc import Callable
@@ -9,13 +10,14 @@ from typing import Any, NamedTuple
 import diffrax
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float, Int
 
 from dynamics import probability_flow, reverse_sde, solve
 from errors import check, lookup
 from parameterization import NoiseFn, ScoreFn, data_from_noise, score_from_noise
 from sde_lib import (
   SDE,
+  Keys,
   coefficients,
   example_keys,
   fold_in,
@@ -29,7 +31,9 @@ from sde_lib import (
 
 
 class State(NamedTuple):
-  """What a step hands to the next: x at its time, the noise-free part of x, memory of multistep methods."""
+  """What a step hands to the next: x at its time, the noise-free part of x, memory of multistep
+  methods.
+  """
 
   x: Array
   mean: Array
@@ -40,7 +44,9 @@ Step = Callable  # (key, noise_fn, state, t, s) -> state
 
 
 def euler_maruyama(sde: SDE) -> Step:
-  """One Euler-Maruyama step of the reverse SDE (Song et al. 2021, eq. 6), of the grid's own length t - s."""
+  """One Euler-Maruyama step of the reverse SDE (Song et al. 2021, eq. 6), of the grid's own length
+  t - s.
+  """
 
   def step(key, noise_fn, state, t, s):
     f, g_squared = coefficients(sde, t)
@@ -52,11 +58,12 @@ def euler_maruyama(sde: SDE) -> Step:
 
 
 def ancestral(sde: SDE, variance: str = "posterior") -> Step:
-  """Ancestral sampling (Ho et al. 2020, algorithm 2; Song et al. 2021, eq. 4 and 47) for any process.
+  """Ancestral sampling (Ho et al. 2020, algorithm 2; Song et al. 2021, eq. 4 and 47) for any
+  process.
 
   Args:
-    variance: "posterior" is that of q(x_s | x_t, x_0), exact for data at a point; "beta" that of q(x_t | x_s),
-      exact for standard normal data under VP.
+    variance: "posterior" is that of q(x_s | x_t, x_0), exact for data at a point; "beta" that of
+      q(x_t | x_s), exact for standard normal data under VP.
   """
   scale = lookup(
     {"posterior": lambda t, s: 1.0, "beta": lambda t, s: marginal(sde, t)[1] / marginal(sde, s)[1]},
@@ -93,14 +100,16 @@ SPACINGS = {
 
 
 def time_grid(sde: SDE, num_steps: int, spacing: str) -> Float[Array, " n"]:
-  """num_steps + 1 decreasing times from exactly t_max to exactly t_min; `spacing` is a name in `SPACINGS`."""
+  """num_steps + 1 decreasing times from exactly t_max to exactly t_min; `spacing` is a name in
+  `SPACINGS`.
+  """
   check(num_steps >= 1, "num_steps", num_steps, "a whole number from 1 up")
   times = lookup(SPACINGS, spacing, "spacing")(sde, jnp.linspace(0.0, 1.0, num_steps + 1))
   return times.at[0].set(sde.t_max).at[-1].set(sde.t_min)
 
 
 class _Counted:
-  """A noise function that counts its calls while a step is traced: the step's network evaluations."""
+  """A noise function that counts its calls while a step is traced: its network evaluations."""
 
   def __init__(self, noise_fn: NoiseFn, labels):
     self.noise_fn, self.labels, self.calls = noise_fn, labels, 0
@@ -127,7 +136,7 @@ def _run(key, sde, noise_fn, shape, step, times, labels, first_index, record):
 
 
 def sample(
-  key: Key[Array, ""],
+  key: Keys,
   sde: SDE,
   noise_fn: NoiseFn,
   shape: tuple[int, ...],
@@ -138,11 +147,12 @@ def sample(
   labels: Int[Array, " b"] | None = None,
   first_index: int | Array = 0,
 ) -> tuple[Float[Array, "b *d"], Int[Array, ""]]:
-  """Draws `shape` = [b, *d] examples by `step` over the decreasing grid `times`: (x, network evaluations).
+  """Draws `shape` = [b, *d] examples by `step` over the decreasing grid `times`: (x, network
+  evaluations).
 
   Args:
-    denoise: what is returned: "mean", the last step without its noise; "tweedie", E[x_0 | x] by one more
-      evaluation; None, x itself.
+    denoise: what is returned: "mean", the last step without its noise; "tweedie", E[x_0 | x] by one
+      more evaluation; None, x itself.
     first_index: global index of the first example; example i depends on (key, i) alone.
   """
   finish = {
@@ -162,7 +172,7 @@ def sample(
 
 
 def sample_trajectory(
-  key: Key[Array, ""],
+  key: Keys,
   sde: SDE,
   noise_fn: NoiseFn,
   shape: tuple[int, ...],
@@ -172,7 +182,7 @@ def sample_trajectory(
   labels: Int[Array, " b"] | None = None,
   first_index: int | Array = 0,
 ) -> Float[Array, "n b *d"]:
-  """The states of `sample` at every time of the grid; the last without its noise (denoise="mean")."""
+  """The states of `sample` at every time of the grid, the last without its noise."""
   state, _, start, frames = _run(
     key, sde, noise_fn, shape, step, times, labels, first_index, record=lambda state: state.x
   )
@@ -180,7 +190,7 @@ def sample_trajectory(
 
 
 def sample_ode(
-  key: Key[Array, ""],
+  key: Keys,
   sde: SDE,
   score_fn: ScoreFn,
   shape: tuple[int, ...],
@@ -192,9 +202,11 @@ def sample_ode(
   labels: Int[Array, " b"] | None = None,
   first_index: int | Array = 0,
 ) -> tuple[Float[Array, "b *d"], Int[Array, ""]]:
-  """Draws examples by the probability-flow ODE from t_max to t_min (Song et al. 2021, section 4.3): (x, nfe).
+  """Draws examples by the probability-flow ODE from t_max to t_min (Song et al. 2021, section 4.3):
+  (x, nfe).
 
-  One step size for the whole batch. A solve that fails or hits max_steps returns NaN, never a truncated sample.
+  One step size for the whole batch. A solve that fails or hits max_steps returns NaN, never a
+  truncated sample.
   """
   prior = sample_prior(fold_in(example_keys(key, shape[0], first_index), 0), sde, shape)
   field = probability_flow(sde, score_fn)
@@ -223,7 +235,7 @@ SDE_SOLVERS = {
 
 
 def sample_sde(
-  key: Key[Array, ""],
+  key: Keys,
   sde: SDE,
   score_fn: ScoreFn,
   shape: tuple[int, ...],

@@ -1,4 +1,5 @@
-"""The forward process dx = f(t) x dt + g(t) dw, given by its marginals N(alpha(t) x_0, sigma(t)^2 I).
+"""The forward process dx = f(t) x dt + g(t) dw, given by its marginals N(alpha(t) x_0, sigma(t)^2
+I).
 
 Everything else (f, g, log-SNR, posterior) is derived here, once, for every process.
 """
@@ -19,10 +20,12 @@ Keys = Key[Array, ""] | Key[Array, " b"]
 
 @dataclasses.dataclass(frozen=True)
 class SDE:
-  """Linear SDE dx = f(t) x dt + g(t) dw whose marginals are p(x_t | x_0) = N(alpha(t) x_0, sigma(t)^2 I).
+  """Linear SDE dx = f(t) x dt + g(t) dw whose marginals are p(x_t | x_0) = N(alpha(t) x_0,
+  sigma(t)^2 I).
 
   Song et al. 2021, "Score-Based Generative Modeling through SDEs", eq. 5 and 29, with affine drift.
-  `log_alpha` and `log_sigma` act elementwise on times and are differentiated: plain jnp, no custom rules.
+  `log_alpha` and `log_sigma` act elementwise on times and are differentiated: plain jnp, no custom
+  rules.
   """
 
   log_alpha: Callable
@@ -34,13 +37,16 @@ class SDE:
 
 
 def expand(v: Time, x: Float[Array, "b *d"]) -> Array:
-  """Gives a scalar or one value per example the rank of `x`, so that `expand(v, x) * x` scales examples."""
+  """Gives a scalar or one value per example the rank of `x`, so that `expand(v, x) * x` scales
+  examples.
+  """
   v = jnp.asarray(v)
   return v.reshape(v.shape + (1,) * (x.ndim - 1)) if v.ndim else v
 
 
 def example_keys(key: Keys, b: int, first_index: int | Array = 0) -> Key[Array, " b"]:
-  """One key per example, a function of its global index only: independent of batch size and device count.
+  """One key per example, a function of its global index only: independent of batch size and device
+  count.
 
   `key` is one key, or already one key per example, which is returned as it is.
   """
@@ -59,7 +65,7 @@ def fold_in(key: Keys, data: int | Array) -> Keys:
 
 
 def normal(key: Keys, shape: tuple[int, ...]) -> Float[Array, "b *d"]:
-  """Standard normal noise of `shape` [b, *d], example i drawn from the i-th key of `example_keys`."""
+  """Standard normal noise of `shape` [b, *d], example i from the i-th key of `example_keys`."""
   return jax.vmap(lambda k: jax.random.normal(k, shape[1:]))(example_keys(key, shape[0]))
 
 
@@ -78,7 +84,9 @@ def _rates(sde: SDE, t: Time) -> tuple[Array, Array]:
 
 
 def coefficients(sde: SDE, t: Time) -> tuple[Array, Array]:
-  """(f(t), g(t)^2): f = d log_alpha / dt and g^2 = -sigma^2 d log-SNR / dt (Kingma et al. 2021, eq. 18-19)."""
+  """(f(t), g(t)^2): f = d log_alpha / dt and g^2 = -sigma^2 d log-SNR / dt (Kingma et al. 2021, eq.
+  18-19).
+  """
   f, d_log_snr = _rates(sde, t)
   return f, -(marginal(sde, t)[1] ** 2) * d_log_snr
 
@@ -95,7 +103,9 @@ def log_snr_rate(sde: SDE, t: Time) -> Array:
 
 
 def time_of_log_snr(sde: SDE, value: Time) -> Array:
-  """Inverse of `log_snr` on [t_min, t_max] by bisection to the last bit; values outside are clamped."""
+  """Inverse of `log_snr` on [t_min, t_max] by bisection to the last bit; values outside are
+  clamped.
+  """
   value = jnp.asarray(value, jnp.result_type(float))
 
   def halve(_, bracket):
@@ -119,10 +129,12 @@ def perturb(
 def posterior(
   sde: SDE, x_t: Float[Array, "b *d"], x0: Float[Array, "b *d"], t: Time, s: Time
 ) -> tuple[Float[Array, "b *d"], Array]:
-  """Mean and std of q(x_s | x_t, x_0) for s < t (Ho et al. 2020, eq. 7; Kingma et al. 2021, appendix A).
+  """Mean and std of q(x_s | x_t, x_0) for s < t (Ho et al. 2020, eq. 7; Kingma et al. 2021,
+  appendix A).
 
-  With d = log-SNR(t) - log-SNR(s) < 0: mean = (alpha_s / alpha_t) e^d x_t - alpha_s expm1(d) x_0 and
-  variance = -sigma_s^2 expm1(d), which stays exact when t - s is small. std has the shape of `t`.
+  With d = log-SNR(t) - log-SNR(s) < 0: mean = (alpha_s / alpha_t) e^d x_t - alpha_s expm1(d) x_0
+  and variance = -sigma_s^2 expm1(d), which stays exact when t - s is small. std has the shape of
+  `t`.
   """
   alpha_s, sigma_s = marginal(sde, s)
   d = log_snr(sde, t) - log_snr(sde, s)
@@ -143,7 +155,9 @@ def prior_log_prob(sde: SDE, z: Float[Array, "b *d"]) -> Float[Array, " b"]:
 
 
 def vp(beta_min: float = 0.1, beta_max: float = 20.0, t_min: float = 1e-5) -> SDE:
-  """Variance preserving: beta(t) linear on [0, 1], sigma^2 = 1 - alpha^2 (Song et al. 2021, eq. 11 and 32)."""
+  """Variance preserving: beta(t) linear on [0, 1], sigma^2 = 1 - alpha^2 (Song et al. 2021, eq. 11
+  and 32).
+  """
 
   def log_alpha(t):
     return -0.25 * t**2 * (beta_max - beta_min) - 0.5 * t * beta_min
@@ -152,13 +166,14 @@ def vp(beta_min: float = 0.1, beta_max: float = 20.0, t_min: float = 1e-5) -> SD
 
 
 def sub_vp(beta_min: float = 0.1, beta_max: float = 20.0, t_min: float = 1e-5) -> SDE:
-  """Sub-variance preserving: alpha of `vp`, sigma = 1 - alpha^2 (Song et al. 2021, eq. 12 and 29)."""
+  """Sub-VP: alpha of `vp`, sigma = 1 - alpha^2 (Song et al. 2021, eq. 12 and 29)."""
   log_alpha = vp(beta_min, beta_max).log_alpha
   return SDE(log_alpha, lambda t: jnp.log(-jnp.expm1(2 * log_alpha(t))), t_min, 1.0, 1.0)
 
 
 def ve(sigma_min: float = 0.01, sigma_max: float = 50.0, t_min: float = 0.0) -> SDE:
-  """Variance exploding: alpha = 1, sigma = sigma_min (sigma_max / sigma_min)^t (Song et al. 2021, eq. 9 and 30).
+  """Variance exploding: alpha = 1, sigma = sigma_min (sigma_max / sigma_min)^t (Song et al. 2021,
+  eq. 9 and 30).
 
   sigma(0) = sigma_min: the data end is the data convolved with N(0, sigma_min^2 I).
   """
@@ -167,7 +182,9 @@ def ve(sigma_min: float = 0.01, sigma_max: float = 50.0, t_min: float = 0.0) -> 
 
 
 def make_sde(name: str, **kwargs) -> SDE:
-  """The process `SDES[name](**kwargs)`; an unknown name or argument raises and lists the legal ones."""
+  """The process `SDES[name](**kwargs)`; an unknown name or argument raises and lists the legal
+  ones.
+  """
   schedule = lookup(SDES, name, "sde.name")
   legal = inspect.signature(schedule).parameters
   for argument in kwargs.keys() - legal.keys():

@@ -1,4 +1,4 @@
-"""The U-Net of DDPM: residual blocks, attention at chosen resolutions, sinusoidal time embedding."""
+"""The U-Net of DDPM: residual blocks, attention at chosen resolutions, time embedding."""
 
 import jax.numpy as jnp
 from flax import linen as nn
@@ -8,7 +8,8 @@ from models.layers import unet
 
 
 class Model(nn.Module):
-  """DDPM U-Net (Ho et al. 2020, appendix B) for images [b, h, w, c] of any size that can be halved often enough.
+  """DDPM U-Net (Ho et al. 2020, appendix B) for images [b, h, w, c] of any size that can be halved
+  often enough.
 
   Attributes:
     nf: channels at full resolution; level i has nf * ch_mult[i].
@@ -19,7 +20,8 @@ class Model(nn.Module):
     dropout: rate inside the residual blocks while training.
     resamp_with_conv: convolve when resampling.
     conditional: whether the network is told about time.
-    num_classes: 0 for an unconditional network; labels are 0 .. num_classes - 1, None means no class.
+    num_classes: 0 for an unconditional network; labels are 0 .. num_classes - 1, None means no
+      class.
   """
 
   nf: int = 128
@@ -70,7 +72,9 @@ class Model(nn.Module):
     return unet.conv(x.shape[-1], scale=0.0)(nn.swish(unet.group_norm(h.shape[-1])(h)))
 
   def _embedding(self, c_noise, labels):
-    """[b, 4 nf] from the sinusoidal time embedding and, where the network has classes, the label's vector."""
+    """[b, 4 nf] from the sinusoidal time embedding and, where the network has classes, the label's
+    vector.
+    """
     if not self.conditional:
       return None
     width = 4 * self.nf

@@ -26,7 +26,9 @@ def dense(features: int, *, scale: float = 1.0, name: str | None = None) -> nn.D
 
 
 def group_norm(channels: int, name: str | None = None) -> nn.GroupNorm:
-  """GroupNorm with as many groups as divide the channels, at most 32 and each of at least 4 channels."""
+  """GroupNorm with as many groups as divide the channels, at most 32 and each of at least 4
+  channels.
+  """
   most = min(32, max(1, channels // 4))
   return nn.GroupNorm(
     next(groups for groups in range(most, 0, -1) if channels % groups == 0), name=name
@@ -36,7 +38,9 @@ def group_norm(channels: int, name: str | None = None) -> nn.GroupNorm:
 def sinusoidal_embedding(
   c_noise: Float[Array, " b"], dim: int, max_period: float = 10000.0
 ) -> Float[Array, "b dim"]:
-  """[sin, cos] at `dim` / 2 geometric frequencies from 1 to 1 / max_period (Vaswani et al. 2017, section 3.5)."""
+  """[sin, cos] at `dim` / 2 geometric frequencies from 1 to 1 / max_period (Vaswani et al. 2017,
+  section 3.5).
+  """
   half = dim // 2
   frequencies = jnp.exp(-jnp.log(max_period) * jnp.arange(half) / (half - 1))
   angles = c_noise[:, None] * frequencies[None]
@@ -56,7 +60,9 @@ def check_size(size: tuple[int, ...], factor: int) -> None:
 
 
 class ResnetBlock(nn.Module):
-  """Two normalised 3x3 convolutions with a time shift between them and a residual connection (Ho et al. 2020, appendix B)."""
+  """Two normalised 3x3 convolutions with a time shift between them and a residual connection (Ho et
+  al. 2020, appendix B).
+  """
 
   features: int
   dropout: float = 0.0
