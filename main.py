@@ -9,10 +9,11 @@ import sys
 from pathlib import Path
 
 from absl import app, flags, logging
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
 import settings
 from errors import ConfigError, RunError
+from evaluation import records
 
 logging.set_verbosity(logging.ERROR)
 if "host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
@@ -27,24 +28,27 @@ def run(mode: str, workdir: Path) -> None:
   overrides = config_flags.get_override_values(flag)
   config = settings.resolve(flag.value, flag.present > 0, overrides, workdir, mode)
 
-  import jax  # after the checks: a wrong argument need not wait for it
+  wanted = {"train": [], "run": list(records.SECTIONS)}.get(mode, [mode])
+  results = records.finished(config, workdir) if mode == "run" else {}
+  if mode == "run" and len(results) == len(wanted):
+    print(f"finished before at step {config.training.num_steps}")
+  else:
+    results |= work(config, workdir, mode, [name for name in wanted if name not in results])
+  if results:
+    print(records.summary(results, workdir))
+
+
+def work(config: ConfigDict, workdir: Path, mode: str, wanted: list[str]) -> dict:
+  """Trains or restores, then does the wanted jobs: {job: record}."""
+  import jax  # only now: neither a wrong argument nor a finished run need wait for it
 
   cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", "~/.cache/pakhsh/compiled")
   jax.config.update("jax_compilation_cache_dir", os.path.expanduser(cache))
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
   from evaluation import jobs
 
-  modes = list(jobs.JOBS) if mode == "run" else [mode] if mode in jobs.JOBS else []
-  records = jobs.finished(config, workdir) if mode == "run" else {}
-  if len(records) < len(modes) or mode == "train":
-    job = jobs.start(config, workdir, train=mode in ("train", "run"))
-    for name in modes:
-      if name not in records:
-        records[name] = jobs.JOBS[name](job)
-  else:
-    print(f"finished before at step {config.training.num_steps}")
-  if records:
-    print(jobs.summary(records, workdir))
+  job = jobs.start(config, workdir, train=mode in ("train", "run"))
+  return {name: jobs.JOBS[name](job) for name in wanted}
 
 
 def main(_: list[str]) -> None:

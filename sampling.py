@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from dynamics import probability_flow, reverse_sde, solve
-from errors import check, lookup
+from errors import check, invalid, lookup
 from parameterization import NoiseFn, ScoreFn, data_from_noise, score_from_noise
 from sde_lib import (
   SDE,
@@ -79,14 +79,322 @@ def ancestral(sde: SDE, variance: str = "posterior") -> Step:
   return step
 
 
+def reverse_diffusion(sde: SDE) -> Step:
+  """The reverse of the discretised forward chain (Song et al. 2021, appendix E, eq. 46).
+
+  With x_t = a x_s + G z, a = alpha_t / alpha_s, G^2 = sigma_t^2 - a^2 sigma_s^2:
+  x_s = (2 - a) x_t + G^2 score + G z.
+  """
+
+  def step(key, noise_fn, state, t, s):
+    keep = jnp.exp(sde.log_alpha(t) - sde.log_alpha(s))
+    variance = -(marginal(sde, t)[1] ** 2) * jnp.expm1(log_snr(sde, t) - log_snr(sde, s))
+    score = score_from_noise(sde, noise_fn(state.x, t), t)
+    mean = (2 - keep) * state.x + variance * score
+    return State(mean + jnp.sqrt(variance) * normal(key, mean.shape), mean)
+
+  return step
+
+
+def ddim(sde: SDE, eta: float = 0.0) -> Step:
+  """DDIM (Song, Meng & Ermon 2021, eq. 12): eta 0 is deterministic, 1 is `ancestral`."""
+
+  def step(key, noise_fn, state, t, s):
+    noise = noise_fn(state.x, t)
+    data = data_from_noise(sde, state.x, noise, t)
+    alpha, sigma = marginal(sde, s)
+    std = eta * posterior(sde, state.x, data, t, s)[1]
+    mean = alpha * data + jnp.sqrt(sigma**2 - std**2) * noise
+    return State(mean + std * normal(key, mean.shape) if eta else mean, mean)
+
+  return step
+
+
+def edm(
+  sde: SDE,
+  gamma: float = 0.0,
+  churn_min: float = 0.0,
+  churn_max: float = float("inf"),
+  noise_scale: float = 1.0,
+) -> Step:
+  """Heun's second-order step with churn (Karras et al. 2022, algorithm 2), for any process.
+
+  The state is y = x / alpha at the noise level r = sigma / alpha, where dy / dr is the predicted
+  noise. With a grid of N levels, denoise="tweedie" is the last Euler step to zero: 2 N - 1
+  evaluations.
+
+  Args:
+    gamma: relative rise of the noise level before each step, the paper's min(S_churn / N, sqrt(2) -
+      1).
+    churn_min, churn_max: noise levels r between which gamma applies (S_min, S_max).
+    noise_scale: std of the added noise (S_noise).
+  """
+
+  def step(key, noise_fn, state, t, s):
+    level, end = (jnp.exp(-0.5 * log_snr(sde, time)) for time in (t, s))
+    y = state.x / marginal(sde, t)[0]
+    if gamma:
+      inside = (level >= churn_min) & (level <= churn_max)
+      top = jnp.exp(-0.5 * log_snr(sde, sde.t_max))
+      raised = jnp.minimum(jnp.where(inside, 1 + gamma, 1.0) * level, top)
+      added = jnp.sqrt(jnp.maximum(raised**2 - level**2, 0.0))
+      y, level = y + noise_scale * added * normal(key, y.shape), raised
+      t = time_of_log_snr(sde, -2 * jnp.log(raised))
+    alpha_t, alpha_s = marginal(sde, t)[0], marginal(sde, s)[0]
+    slope = noise_fn(alpha_t * y, t)
+    euler = y + (end - level) * slope
+    y = y + 0.5 * (end - level) * (slope + noise_fn(alpha_s * euler, s))
+    return State(alpha_s * y, alpha_s * y)
+
+  return step
+
+
+def _moments(h: Array) -> tuple[Array, Array, Array]:
+  """I_k = integral over [0, h] of exp(-(h - u)) (u / h)^k du for k = 0, 1, 2; exact for small h."""
+  h = jnp.asarray(h)
+  series, safe = [], jnp.where(h < 0.5, 1.0, h)
+  for k in range(3):
+    term = total = h / (k + 1)
+    for j in range(1, 14):
+      term = -term * h / (k + j + 1)
+      total = total + term
+    series.append(total)
+  first = -jnp.expm1(-safe)
+  second = 1 - first / safe
+  exact = first, second, 1 - 2 * second / safe
+  return tuple(jnp.where(h < 0.5, a, b) for a, b in zip(series, exact))
+
+
+class Past(NamedTuple):
+  """Memory of the multistep solvers: the last data prediction, and the step (in log-SNR / 2) to it.
+  """
+
+  data: Array
+  length: Array
+
+
+def _slope(data: Array, past: Past | None, length: Array) -> Array:
+  """Change of the data prediction over one step of `length`, from the last two; 0 without a past.
+  """
+  if past is None:
+    return jnp.zeros_like(data)
+  ratio = jnp.where(past.length > 0, length / jnp.where(past.length > 0, past.length, 1.0), 0.0)
+  return ratio * (data - past.data)
+
+
+def dpm_solver(sde: SDE, order: int = 2, eta: float = 0.0) -> Step:
+  """DPM-Solver++(2M) and its SDE form (Lu et al. 2022, eq. 14-19): one evaluation a step.
+
+  Exponential Adams-Bashforth in log-SNR on the data prediction, the linear part solved exactly. The
+  noise follows the family with drift f x - (1 + eta^2) / 2 g^2 score and diffusion eta g.
+
+  Args:
+    order: 1 (eta 0: `ddim`; eta 1: `ancestral`) or 2.
+    eta: 0 for the ODE, 1 for the reverse SDE.
+  """
+  check(order in (1, 2), "order", order, "1 or 2")
+
+  def step(key, noise_fn, state, t, s):
+    data = data_from_noise(sde, state.x, noise_fn(state.x, t), t)
+    length = 0.5 * (log_snr(sde, s) - log_snr(sde, t))
+    (alpha, sigma), before = marginal(sde, s), marginal(sde, t)[1]
+    level, rise, _ = _moments((1 + eta**2) * length)
+    change = _slope(data, state.memory, length) if order == 2 else 0.0
+    mean = sigma / before * jnp.exp(-(eta**2) * length) * state.x
+    mean = mean + alpha * (level * data + rise * change)
+    std = sigma * jnp.sqrt(-jnp.expm1(-2 * eta**2 * length))
+    x = mean + std * normal(key, mean.shape) if eta else mean
+    return State(x, mean, Past(data, length))
+
+  return step
+
+
+class UniPCMemory(NamedTuple):
+  """The corrected state at the last time, that time, the data prediction there, and its own past.
+  """
+
+  x: Array
+  time: Array
+  data: Array
+  past: Past
+
+
+def unipc(sde: SDE) -> Step:
+  """UniPC with second-order predictor and third-order corrector (Zhao et al. 2023, algorithms 5 and
+  8).
+
+  The evaluation at the predicted state also corrects it, so a step costs one; the polynomials
+  through the data predictions are integrated exactly (varying coefficients).
+  """
+
+  def correct(state, data, t):
+    x, time, old, past = state.memory
+    length = 0.5 * (log_snr(sde, t) - log_snr(sde, time))
+    level, rise, bend = _moments(length)
+    change, slope = data - old, _slope(old, past, length)
+    ratio = past.length / jnp.where(length > 0, length, 1.0)
+    curve = (change - slope) / (1 + ratio) * (past.length > 0)
+    (alpha, sigma), before = marginal(sde, t), marginal(sde, time)[1]
+    integral = level * old + rise * (change - curve) + bend * curve
+    corrected = sigma / before * x + alpha * integral
+    return jnp.where(time > 0, corrected, state.x), Past(old, jnp.where(time > 0, length, 0.0))
+
+  def step(key, noise_fn, state, t, s):
+    data = data_from_noise(sde, state.x, noise_fn(state.x, t), t)
+    x, past = state.x, Past(jnp.zeros_like(data), jnp.zeros_like(t))
+    if state.memory is not None:
+      x, past = correct(state, data, t)
+    length = 0.5 * (log_snr(sde, s) - log_snr(sde, t))
+    level, rise, _ = _moments(length)
+    (alpha, sigma), before = marginal(sde, s), marginal(sde, t)[1]
+    predicted = sigma / before * x + alpha * (level * data + rise * _slope(data, past, length))
+    return State(predicted, predicted, UniPCMemory(x, t, data, past))
+
+  return step
+
+
+def langevin_step(
+  key: Keys, score: Array, x: Array, size: Array | float, convention: str = "report"
+) -> tuple[Array, Array]:
+  """(x, its noise-free part) after one Langevin step from `score` at x.
+
+  Args:
+    size: step size, a scalar or of the rank of x.
+    convention: "report" is x + size / 2 score + sqrt(size) z (Song & Ermon 2019, eq. 4), "code" is
+      x + size score + sqrt(2 size) z (their code, and Song et al. 2021, algorithms 4 and 5).
+  """
+  size = size * lookup({"report": 1.0, "code": 2.0}, convention, "convention")
+  mean = x + 0.5 * size * score
+  return mean + jnp.sqrt(size) * normal(key, x.shape), mean
+
+
+def langevin(
+  key: Keys,
+  score_fn: Callable[[Array], Array],
+  x: Float[Array, "b *d"],
+  *,
+  step_size: float,
+  num_steps: int,
+  convention: str = "report",
+) -> Float[Array, "b *d"]:
+  """Plain Langevin dynamics on a fixed law from `x` (Song & Ermon 2019, eq. 4); conventions as
+  above.
+  """
+  keys = example_keys(key, x.shape[0])
+
+  def body(i, x):
+    return langevin_step(fold_in(keys, i), score_fn(x), x, step_size, convention)[0]
+
+  return jax.lax.fori_loop(0, num_steps, body, x)
+
+
+def annealed_langevin(sde: SDE, step_lr: float = 2e-5, num_steps: int = 100) -> Step:
+  """Annealed Langevin dynamics (Song & Ermon 2019, algorithm 1, "code" convention): at level s.
+
+  The step size is step_lr sigma(s)^2 / sigma_min^2. To start at the largest level repeat the first
+  time of the grid; NCSNv2's last denoising is denoise="tweedie".
+  """
+
+  def step(key, noise_fn, state, t, s):
+    size = step_lr * (marginal(sde, s)[1] / marginal(sde, sde.t_min)[1]) ** 2
+
+    def body(i, pair):
+      score = score_from_noise(sde, noise_fn(pair[0], s), s)
+      return langevin_step(fold_in(key, i), score, pair[0], size, "code")
+
+    return State(*_repeat(body, num_steps, (state.x, state.mean), noise_fn))
+
+  return step
+
+
+def _repeat(body: Callable, num_steps: int, carry, noise_fn) -> Any:
+  """A loop whose body calls the network once; a counting `noise_fn` hears of every turn."""
+  before = getattr(noise_fn, "calls", 0)
+  carry = jax.lax.fori_loop(0, num_steps, body, carry)
+  if isinstance(noise_fn, _Counted):
+    noise_fn.calls = before + num_steps
+  return carry
+
+
+def predictor_corrector(
+  sde: SDE,
+  predictor: str = "reverse_diffusion",
+  corrector: str = "langevin",
+  snr: float = 0.16,
+  num_corrector_steps: int = 1,
+  per_example: bool = False,
+) -> Step:
+  """A predictor step to s, then Langevin steps there (Song et al. 2021, algorithms 1-5), any
+  process.
+
+  Args:
+    predictor: one of `PREDICTORS`.
+    corrector: "langevin" (step 2 (snr ||z|| / ||score||)^2) or "ald" (step 2 (snr sigma)^2).
+    snr: the signal-to-noise ratio of the corrector.
+    per_example: norms of each example; else their means over the batch, as published.
+  """
+  predict = lookup(PREDICTORS, predictor, "predictor")(sde)
+
+  def norm(x):
+    norms = jnp.sqrt((x**2).reshape(len(x), -1).sum(1))
+    return (norms if per_example else norms.mean(keepdims=True)).reshape(
+      (-1,) + (1,) * (x.ndim - 1)
+    )
+
+  sizes = {
+    "langevin": lambda z, score, s: 2 * (snr * norm(z) / norm(score)) ** 2,
+    "ald": lambda z, score, s: 2 * (snr * marginal(sde, s)[1]) ** 2,
+  }
+  size_of = lookup(sizes, corrector, "corrector")
+
+  def step(key, noise_fn, state, t, s):
+    state = predict(fold_in(key, 0), noise_fn, state, t, s)
+    for i in range(1, num_corrector_steps + 1):
+      score, keys = score_from_noise(sde, noise_fn(state.x, s), s), fold_in(key, i)
+      size = size_of(normal(keys, state.x.shape), score, s)
+      state = State(*langevin_step(keys, score, state.x, size, "code"))
+    return state
+
+  return step
+
+
+# name: sde -> Step without memory
+PREDICTORS = {
+  "euler_maruyama": euler_maruyama,
+  "reverse_diffusion": reverse_diffusion,
+  "ancestral": ancestral,
+  "ddim": ddim,
+  "none": lambda sde: lambda key, noise_fn, state, t, s: state,
+}
+
 # name: (sde, **options) -> Step
-SAMPLERS = {"euler_maruyama": euler_maruyama, "ancestral": ancestral}
+SAMPLERS = {
+  "euler_maruyama": euler_maruyama,
+  "reverse_diffusion": reverse_diffusion,
+  "ancestral": ancestral,
+  "ddim": ddim,
+  "edm": edm,
+  "dpm_solver": dpm_solver,
+  "unipc": unipc,
+  "predictor_corrector": predictor_corrector,
+  "annealed_langevin": annealed_langevin,
+}
 
 
 def _karras(sde: SDE, u: Array, rho: float = 7.0) -> Array:
   """Karras et al. 2022, eq. 5, in the noise level sigma / alpha."""
   low, high = (jnp.exp(-0.5 * log_snr(sde, t) / rho) for t in (sde.t_min, sde.t_max))
   return time_of_log_snr(sde, -2 * rho * jnp.log(high + u * (low - high)))
+
+
+def _trained(sde: SDE, u: Array) -> Array:
+  """Levels of a discrete-time model, evenly respaced."""
+  if sde.times is None or len(u) > len(sde.times):
+    count = 0 if sde.times is None else len(sde.times)
+    legal = f"a process with more than {len(u) - 1} levels; this one has {count}"
+    raise invalid("spacing", "trained", legal, "take another spacing or fewer steps")
+  last = len(sde.times) - 1
+  return sde.times[jnp.round((1 - u) * last).astype(int)]
 
 
 # name: (sde, u in [0, 1]) -> times from t_max to t_min
@@ -96,6 +404,7 @@ SPACINGS = {
     sde, log_snr(sde, sde.t_max) * (1 - u) + log_snr(sde, sde.t_min) * u
   ),
   "karras": _karras,
+  "trained": _trained,
 }
 
 
@@ -119,19 +428,24 @@ class _Counted:
     return self.noise_fn(x, t, self.labels)
 
 
-def _run(key, sde, noise_fn, shape, step, times, labels, first_index, record):
-  """Scans `step` from a prior draw: (last state, NFE, prior draw, record(state) of each step)."""
+def _run(key, sde, noise_fn, shape, step, times, labels, first_index, init, record):
+  """Scans `step` from `init` or a prior draw: (last state, NFE, start, record(state) of each step).
+  """
   keys = example_keys(key, shape[0], first_index)
-  x = sample_prior(fold_in(keys, 0), sde, shape)
+  x = sample_prior(fold_in(keys, 0), sde, shape) if init is None else init
+
+  def one(state, i, t, s):
+    counted = _Counted(noise_fn, labels)
+    return step(fold_in(keys, i), counted, state, t, s), counted.calls
 
   def body(state, position):
-    i, t, s = position
-    counted = _Counted(noise_fn, labels)
-    state = step(fold_in(keys, i), counted, state, t, s)
-    return state, (counted.calls, record(state))
+    state, calls = one(state, *position)
+    return state, (calls, record(state))
 
+  memory = jax.eval_shape(lambda: one(State(x, x), 1, times[0], times[1])[0].memory)
+  start = State(x, x, jax.tree.map(lambda m: jnp.zeros(m.shape, m.dtype), memory))
   grid = jnp.arange(1, len(times)), times[:-1], times[1:]
-  state, (calls, frames) = jax.lax.scan(body, State(x, x), grid)
+  state, (calls, frames) = jax.lax.scan(body, start, grid)
   return state, calls.sum(), x, frames
 
 
@@ -146,6 +460,7 @@ def sample(
   denoise: str | None = "mean",
   labels: Int[Array, " b"] | None = None,
   first_index: int | Array = 0,
+  init: Float[Array, "b *d"] | None = None,
 ) -> tuple[Float[Array, "b *d"], Int[Array, ""]]:
   """Draws `shape` = [b, *d] examples by `step` over the decreasing grid `times`: (x, network
   evaluations).
@@ -154,6 +469,8 @@ def sample(
     denoise: what is returned: "mean", the last step without its noise; "tweedie", E[x_0 | x] by one
       more evaluation; None, x itself.
     first_index: global index of the first example; example i depends on (key, i) alone.
+    init: x at times[0], instead of a draw from the prior; with `times` cut short, it skips the
+      first part of the reverse process.
   """
   finish = {
     "mean": lambda state: (state.mean, 0),
@@ -165,7 +482,7 @@ def sample(
   }
   check(denoise in finish, "denoise", denoise, '"mean", "tweedie" or None')
   state, nfe, _, _ = _run(
-    key, sde, noise_fn, shape, step, times, labels, first_index, record=lambda _: None
+    key, sde, noise_fn, shape, step, times, labels, first_index, init, record=lambda _: None
   )
   x, extra = finish[denoise](state)
   return x, nfe + extra
@@ -181,10 +498,11 @@ def sample_trajectory(
   times: Float[Array, " n"],
   labels: Int[Array, " b"] | None = None,
   first_index: int | Array = 0,
+  init: Float[Array, "b *d"] | None = None,
 ) -> Float[Array, "n b *d"]:
   """The states of `sample` at every time of the grid, the last without its noise."""
   state, _, start, frames = _run(
-    key, sde, noise_fn, shape, step, times, labels, first_index, record=lambda state: state.x
+    key, sde, noise_fn, shape, step, times, labels, first_index, init, record=lambda state: state.x
   )
   return jnp.concatenate([start[None], frames]).at[-1].set(state.mean)
 
@@ -201,6 +519,7 @@ def sample_ode(
   max_steps: int = 1000,
   labels: Int[Array, " b"] | None = None,
   first_index: int | Array = 0,
+  init: Float[Array, "b *d"] | None = None,
 ) -> tuple[Float[Array, "b *d"], Int[Array, ""]]:
   """Draws examples by the probability-flow ODE from t_max to t_min (Song et al. 2021, section 4.3):
   (x, nfe).
@@ -208,7 +527,8 @@ def sample_ode(
   One step size for the whole batch. A solve that fails or hits max_steps returns NaN, never a
   truncated sample.
   """
-  prior = sample_prior(fold_in(example_keys(key, shape[0], first_index), 0), sde, shape)
+  keys = fold_in(example_keys(key, shape[0], first_index), 0)
+  prior = sample_prior(keys, sde, shape) if init is None else init
   field = probability_flow(sde, score_fn)
   solution = solve(
     field,

@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Key
 
 from errors import ConfigError, lookup
@@ -181,6 +182,89 @@ def ve(sigma_min: float = 0.01, sigma_max: float = 50.0, t_min: float = 0.0) -> 
   return SDE(jnp.zeros_like, lambda t: log_min + t * log_ratio, t_min, 1.0, sigma_max)
 
 
+def cosine(s: float = 0.008, t_min: float = 1e-5, t_max: float = 0.999) -> SDE:
+  """Variance preserving, alpha = cos(phi(t)) / cos(phi(0)), phi = (t + s) / (1 + s) pi / 2 (Nichol
+  &
+  Dhariwal 2021, eq. 17), ended at `t_max` before alpha reaches zero.
+
+  With d = phi(t) - phi(0): sigma^2 = sin(d) sin(d + 2 phi(0)) / cos(phi(0))^2, exact for small t.
+  """
+  start, rate = s / (1 + s) * np.pi / 2, np.pi / 2 / (1 + s)
+
+  def log_sigma(t):
+    both = jnp.log(jnp.sin(rate * t)) + jnp.log(jnp.sin(rate * t + 2 * start))
+    return 0.5 * both - np.log(np.cos(start))
+
+  def log_alpha(t):
+    direct = jnp.log(jnp.cos(rate * t + start)) - np.log(np.cos(start))
+    small = jnp.minimum(log_sigma(t), -0.5)
+    return jnp.where(log_sigma(t) < -0.5, 0.5 * jnp.log1p(-jnp.exp(2 * small)), direct)
+
+  return SDE(log_alpha, log_sigma, t_min, t_max, 1.0)
+
+
+def edm(sigma_min: float = 0.002, sigma_max: float = 80.0) -> SDE:
+  """alpha = 1, sigma = t (Karras et al. 2022, table 1)."""
+  return SDE(jnp.zeros_like, jnp.log, sigma_min, sigma_max, sigma_max)
+
+
+def rectified(t_min: float = 1e-3, t_max: float = 0.999) -> SDE:
+  """The straight path alpha = 1 - t, sigma = t (Liu et al. 2023, eq. 1; Lipman et al. 2023, eq.
+  20).
+
+  Its f and g^2 are unbounded at t = 1, so it is ended at `t_max`.
+  """
+  return SDE(lambda t: jnp.log1p(-t), jnp.log, t_min, t_max, 1.0)
+
+
+def user(alpha: Callable, sigma: Callable, *, t_min: float, t_max: float, prior_std: float) -> SDE:
+  """A process of your own from two elementwise functions of time, alpha(t) > 0 and sigma(t) > 0.
+
+  alpha^2 / sigma^2 must decrease. Where rounding matters, build `SDE` from the logarithms instead.
+  """
+  return SDE(lambda t: jnp.log(alpha(t)), lambda t: jnp.log(sigma(t)), t_min, t_max, prior_std)
+
+
+def _tabulated(log_alphas: np.ndarray, log_sigmas: np.ndarray, prior_std: float) -> SDE:
+  """A discrete-time model of N levels at t = i / N, i = 1 .. N; between them logs are interpolated.
+
+  The tables are float64 and cast last.
+  """
+  times = np.arange(1, len(log_alphas) + 1) / len(log_alphas)
+  tables = (
+    (lambda t: jnp.interp(t, times, log_alphas)),
+    (lambda t: jnp.interp(t, times, log_sigmas)),
+  )
+  return SDE(*tables, times[0], 1.0, prior_std, jnp.asarray(times, jnp.float32))
+
+
+def _from_betas(betas: np.ndarray) -> SDE:
+  """The variance-preserving chain x_i = sqrt(1 - beta_i) x_{i-1} + sqrt(beta_i) z_i."""
+  log_alphas = 0.5 * np.cumsum(np.log1p(-betas))
+  return _tabulated(log_alphas, 0.5 * np.log(-np.expm1(2 * log_alphas)), 1.0)
+
+
+def ddpm(beta_min: float = 1e-4, beta_max: float = 0.02, num_steps: int = 1000) -> SDE:
+  """The chain of DDPM: betas linear in the step (Ho et al. 2020, section 4)."""
+  return _from_betas(np.linspace(beta_min, beta_max, num_steps))
+
+
+def iddpm(num_steps: int = 4000, s: float = 0.008, max_beta: float = 0.999) -> SDE:
+  """The chain of improved DDPM: cosine alpha-bar, betas clipped (Nichol & Dhariwal 2021, eq. 17).
+  """
+  abar = np.cos((np.arange(num_steps + 1) / num_steps + s) / (1 + s) * np.pi / 2) ** 2
+  return _from_betas(np.minimum(1 - abar[1:] / abar[:-1], max_beta))
+
+
+def ncsn(sigma_max: float = 1.0, sigma_min: float = 0.01, num_scales: int = 10) -> SDE:
+  """The noise levels of NCSN: geometric, alpha = 1 (Song & Ermon 2019, section 4.2).
+
+  t = i / L is the i-th smallest level, so time grows with the noise; the first and last are exact.
+  """
+  sigmas = np.geomspace(sigma_min, sigma_max, num_scales)
+  return _tabulated(np.zeros(num_scales), np.log(sigmas), sigma_max)
+
+
 def make_sde(name: str, **kwargs) -> SDE:
   """The process `SDES[name](**kwargs)`; an unknown name or argument raises and lists the legal
   ones.
@@ -194,4 +278,14 @@ def make_sde(name: str, **kwargs) -> SDE:
   return schedule(**kwargs)
 
 
-SDES = {"vp": vp, "sub_vp": sub_vp, "ve": ve}
+SDES = {
+  "vp": vp,
+  "sub_vp": sub_vp,
+  "ve": ve,
+  "cosine": cosine,
+  "edm": edm,
+  "rectified": rectified,
+  "ddpm": ddpm,
+  "iddpm": iddpm,
+  "ncsn": ncsn,
+}

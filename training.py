@@ -107,6 +107,34 @@ def abstract_state(
   return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated), state)
 
 
+def make_loss(sde: SDE, model: nn.Module, config: ml_collections.ConfigDict) -> Callable:
+  """(params, key, batch, first, total) -> mean loss per dimension of this part of a global batch.
+
+  The part starts at position `first` of `total`; `key` is the step's, the same on all devices.
+  """
+  transform = data.transform_of(config.data.name)
+  weighting = lookup(losses.WEIGHTINGS, config.loss.weighting, "loss.weighting")
+  quantile = lookup(losses.TIME_SAMPLERS, config.loss.time_sampler, "loss.time_sampler")
+
+  def loss_fn(params, key, batch, first, total):
+    integers = batch["image"]
+    b = len(integers)
+    keys = example_keys(jax.random.fold_in(key, 0), b, first)
+    dequantize = config.training.dequantize
+    x0 = (
+      transform.dequantize(fold_in(keys, 0), integers)
+      if dequantize
+      else transform.forward(integers)
+    )
+    times = losses.stratified(quantile, jax.random.fold_in(key, 1), first + jnp.arange(b), total)
+    rngs = {"dropout": jax.random.fold_in(jax.random.fold_in(key, 2), first)}
+    noise_fn = make_noise_fn(sde, model, params, train=True, rngs=rngs, **config.parameterization)
+    draw = {"weighting": weighting, "time_sampler": times}
+    return losses.denoising_loss(fold_in(keys, 1), sde, noise_fn, x0, **draw).mean() / x0[0].size
+
+  return loss_fn
+
+
 def make_train_step(
   sde: SDE,
   model: nn.Module,
@@ -114,56 +142,32 @@ def make_train_step(
   config: ml_collections.ConfigDict,
   mesh: Mesh,
 ) -> Callable:
-  """(state, batch) -> (state, metrics), jitted and mapped over the axis `data` of the mesh; the
-  state is donated.
+  """(state, batch) -> (state, metrics), jitted, mapped over the axis `data` of the mesh, donating.
 
   `batch` is global: {"image": integers [b, *d], "label": [b]}, b a multiple of the devices. All
   randomness is a function of (seed, step, position in the global batch), so the number of devices
-  changes nothing but rounding; only dropout masks are drawn per device. The loss is reported per
-  dimension.
+  changes nothing but rounding; only dropout masks are drawn per device.
   """
-  transform, settings = data.transform_of(config.data.name), config.parameterization
-  prepare = (
-    transform.dequantize if config.training.dequantize else lambda keys, k: transform.forward(k)
-  )
-  weighting = lookup(losses.WEIGHTINGS, config.loss.weighting, "loss.weighting")
-  quantile = lookup(losses.TIME_SAMPLERS, config.loss.time_sampler, "loss.time_sampler")
-  schedule = learning_rate(config)
+  loss_fn, schedule = make_loss(sde, model, config), learning_rate(config)
 
   def per_device(state: TrainState, batch):
-    b, device = batch["image"].shape[0], jax.lax.axis_index("data")
-    index, total = device * b + jnp.arange(b), b * mesh.size
+    b = len(batch["image"])
+    total, first = b * mesh.size, jax.lax.axis_index("data") * b
     key = jax.random.fold_in(jax.random.key(config.seed), state.step)
-    keys = example_keys(jax.random.fold_in(key, 0), b, device * b)
-    x0 = prepare(fold_in(keys, 0), batch["image"])
-    times = losses.stratified(quantile, jax.random.fold_in(key, 1), index, total)
-    dropout = {"dropout": jax.random.fold_in(jax.random.fold_in(key, 2), device)}
-
-    def loss_fn(params):
-      noise_fn = make_noise_fn(sde, model, params, train=True, rngs=dropout, **settings)
-      per_example = losses.denoising_loss(
-        fold_in(keys, 1), sde, noise_fn, x0, weighting=weighting, time_sampler=times
-      )
-      return per_example.mean() / x0[0].size
-
-    loss, grads = jax.lax.pmean(jax.value_and_grad(loss_fn)(state.params), "data")
+    loss, grads = jax.value_and_grad(loss_fn)(state.params, key, batch, first, total)
+    loss, grads = jax.lax.pmean((loss, grads), "data")
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     decay = ema_decay(state.step, total, config.ema.half_life_images, config.ema.ramp_up)
-    ema_params = jax.tree.map(lambda old, new: new + decay * (old - new), state.ema_params, params)
-    metrics = {
-      "loss": loss,
-      "grad_norm": optax.tree.norm(grads),
-      "learning_rate": schedule(state.step),
-    }
-    return TrainState(state.step + 1, params, opt_state, ema_params), metrics
+    ema = jax.tree.map(lambda old, new: new + decay * (old - new), state.ema_params, params)
+    norm, rate = optax.tree.norm(grads), schedule(state.step)
+    metrics = {"loss": loss, "grad_norm": norm, "learning_rate": rate}
+    return TrainState(state.step + 1, params, opt_state, ema), metrics
 
-  specs = (PartitionSpec(), PartitionSpec("data"))
-  # check_vma=False: the body is pmap's, with its own pmean; with the check the gradients would be
-  # summed twice
-  mapped = jax.shard_map(
-    per_device, mesh=mesh, in_specs=specs, out_specs=PartitionSpec(), check_vma=False
-  )
+  # check_vma=False: the body is pmap's, with its own pmean; with the check the gradients of the
+  # replicated parameters would be summed over the devices before it
+  specs = {"in_specs": (PartitionSpec(), PartitionSpec("data")), "out_specs": PartitionSpec()}
+  mapped = jax.shard_map(per_device, mesh=mesh, check_vma=False, **specs)
   return jax.jit(mapped, donate_argnums=0)
 
 

@@ -48,7 +48,7 @@ def get_config(process: str = "vp") -> ConfigDict:
   }
   config.ema = {"half_life_images": 10_000.0, "ramp_up": 0.05}
   config.training = {
-    "num_steps": 3000,
+    "num_steps": 2500,
     "batch_size": 64,
     "dequantize": True,
     "log_every": 25,
@@ -75,8 +75,8 @@ def get_config(process: str = "vp") -> ConfigDict:
     "divergence": "rademacher",
     "num_probes": 1,
     "solver": "tsit5",
-    "rtol": 1e-5,
-    "atol": 1e-5,
+    "rtol": 1e-4,
+    "atol": 1e-4,
     "max_steps": 1000,
     "batch_size": 100,
     "seed": 0,

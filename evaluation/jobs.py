@@ -25,6 +25,7 @@ from errors import RunError, check
 from evaluation import figures
 from evaluation.denoising import gaussian_predictor_loss, loss_per_level
 from evaluation.mixture import mixture_log_prob
+from evaluation.records import SECTIONS, result_path
 from experiment import ODE_SAMPLER, Experiment, build
 from likelihood import bits_per_dim
 from sampling import time_grid
@@ -45,23 +46,6 @@ class Job:
   def key(self, section: str) -> jax.Array:
     """The key of a mode, from its own seed."""
     return jax.random.key(self.experiment.config[section].seed)
-
-
-def result_path(workdir: Path, mode: str) -> Path:
-  """Where the record of a mode lies."""
-  return workdir / "results" / f"{mode}.json"
-
-
-def finished(config: ConfigDict, workdir: Path) -> dict[str, dict[str, Any]]:
-  """{mode: record} of the results that belong to this configuration at the end of its training."""
-  records = {}
-  for mode, section in SECTIONS.items():
-    path = result_path(workdir, mode)
-    record = json.loads(path.read_text()) if path.is_file() else {}
-    wanted = settings.digest(config, section), config.training.num_steps
-    if (record.get("config_digest"), record.get("checkpoint_step")) == wanted:
-      records[mode] = record
-  return records
 
 
 def start(config: ConfigDict, workdir: Path, *, train: bool) -> Job:
@@ -201,27 +185,22 @@ def _process_figure(job: Job, path: Path, num_images: int = 6, num_frames: int =
   figures.save_process(path, forward, frames[position], log_snrs, dataset.transform)
 
 
-def run_likelihood(job: Job) -> dict[str, Any]:
-  """Exact bits/dim of every image of a split, each once, uniformly dequantized, beside the mixture
-  baseline.
+def _likelihood_table(job: Job) -> dict[str, np.ndarray]:
+  """One row per image of the split, in its order: index, bits_per_dim, nfe, and the dequantized x.
   """
   experiment, options = job.experiment, job.experiment.config.likelihood
-  dataset, transform, dims = experiment.dataset, experiment.dataset.transform, experiment.num_dims
-  images, key = dataset.splits[options.split]["image"], job.key("likelihood")
-  begin = time.perf_counter()
-  tables = []
+  transform, images = (
+    experiment.dataset.transform,
+    experiment.dataset.splits[options.split]["image"],
+  )
+  key, tables = job.key("likelihood"), []
   for index, valid in _parts(len(images), options.batch_size, "likelihood"):
     keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.asarray(index))
     x = transform.dequantize(fold_in(keys, 0), jnp.asarray(images[index]))
     result = experiment.likelihood(job.params, fold_in(keys, 1), x)
-    table = {
-      "index": index,
-      "bits_per_dim": bits_per_dim(result.log_prob, dims, transform),
-      "nfe": result.nfe,
-      "x": x,
-    }
+    bits = bits_per_dim(result.log_prob, experiment.num_dims, transform)
+    table = {"index": index, "bits_per_dim": bits, "nfe": result.nfe, "x": x}
     tables.append({name: np.asarray(column)[:valid] for name, column in table.items()})
-  seconds = time.perf_counter() - begin
   table = {name: np.concatenate([t[name] for t in tables]) for name in tables[0]}
   failed = table["index"][~np.isfinite(table["bits_per_dim"])]
   if len(failed):
@@ -229,6 +208,16 @@ def run_likelihood(job: Job) -> dict[str, Any]:
       f"{len(failed)} of {len(images)} solves failed (images {failed[:10].tolist()} ...).\n"
       f"  mend:  raise likelihood.max_steps ({options.max_steps}) or rtol ({options.rtol})"
     )
+  return table
+
+
+def run_likelihood(job: Job) -> dict[str, Any]:
+  """Exact bits/dim of every image of a split, each once, uniformly dequantized, and the baseline's.
+  """
+  options = job.experiment.config.likelihood
+  begin = time.perf_counter()
+  table = _likelihood_table(job)
+  seconds = time.perf_counter() - begin
   baseline = _baseline(job, table.pop("x"))
   path = job.workdir / "results" / "likelihood.npz"
   path.parent.mkdir(parents=True, exist_ok=True)
@@ -250,7 +239,7 @@ def run_likelihood(job: Job) -> dict[str, Any]:
     **{
       name: options[name] for name in ("divergence", "num_probes", "solver", "rtol", "atol", "seed")
     },
-    "t_min": experiment.sde.t_min,
+    "t_min": job.experiment.sde.t_min,
   }
   return _write(job, "likelihood", seconds, result)
 
@@ -276,19 +265,16 @@ def run_evaluate(job: Job) -> dict[str, Any]:
   experiment, options = job.experiment, job.experiment.config.evaluation
   sde, dataset, key = experiment.sde, experiment.dataset, job.key("evaluation")
   begin = time.perf_counter()
-  ends = jnp.linspace(log_snr(sde, sde.t_min), log_snr(sde, sde.t_max), options.num_levels)
-  times = time_of_log_snr(sde, ends)
+  log_snrs = jnp.linspace(log_snr(sde, sde.t_min), log_snr(sde, sde.t_max), options.num_levels)
+  times = time_of_log_snr(sde, log_snrs)
 
   @jax.jit
   def levels(params, k):
-    x0 = dataset.transform.dequantize(fold_in(key, 0), k)
-    return loss_per_level(
-      fold_in(key, 1), sde, experiment.noise_fn(params), x0, times, options.num_draws
-    )
+    x0, noise_fn = dataset.transform.dequantize(fold_in(key, 0), k), experiment.noise_fn(params)
+    return loss_per_level(fold_in(key, 1), sde, noise_fn, x0, times, options.num_draws)
 
-  losses = np.asarray(
-    levels(job.params, jnp.asarray(dataset.splits[options.split]["image"])), np.float64
-  )
+  images = jnp.asarray(dataset.splits[options.split]["image"])
+  losses = np.asarray(levels(job.params, images), np.float64)
   train = dataset.transform.dequantize(
     fold_in(key, 2), jnp.asarray(dataset.splits["train"]["image"])
   )
@@ -299,7 +285,9 @@ def run_evaluate(job: Job) -> dict[str, Any]:
     "predict nothing": np.ones(len(times)),
   }
   path = job.workdir / "results" / "loss_per_noise_level.png"
-  figures.save_loss_per_level(path, np.asarray(ends), curves)
+  figures.save_loss_per_level(path, np.asarray(log_snrs), curves)
+  columns = np.asarray(log_snrs), np.asarray(times), losses.mean(1), gaussian
+  names = "log_snr", "time", "loss", "gaussian_predictor_loss"
   result = {
     "split": options.split,
     "num_examples": losses.shape[1],
@@ -307,54 +295,16 @@ def run_evaluate(job: Job) -> dict[str, Any]:
     "standard_error": _standard_error(losses.mean(0)),
     "gaussian_predictor_loss": gaussian.mean(),
     "trivial_predictor_loss": 1.0,
-    "levels": [
-      {"log_snr": float(v), "time": float(t), "loss": float(a), "gaussian_predictor_loss": float(b)}
-      for v, t, a, b in zip(ends, times, losses.mean(1), gaussian)
-    ],
+    "levels": [dict(zip(names, map(float, row))) for row in zip(*columns)],
     "nfe": options.num_draws * options.num_levels,
     "seed": options.seed,
   }
   return _write(job, "evaluate", time.perf_counter() - begin, result)
 
 
-# mode: its job, and the section of the configuration that it reads
+# mode: its job
 JOBS: dict[str, Callable[[Job], dict[str, Any]]] = {
   "sample": run_sample,
   "likelihood": run_likelihood,
   "evaluate": run_evaluate,
 }
-SECTIONS = {"sample": "sampling", "likelihood": "likelihood", "evaluate": "evaluation"}
-
-
-def summary(records: dict[str, dict[str, Any]], workdir: Path) -> str:
-  """The closing table of a run."""
-  rows = []
-  if r := records.get("likelihood"):
-    dims = f"{r['split']} bits/dim, {r['num_examples']} images"
-    rows.append(
-      (dims, f"{r['bits_per_dim']:.3f} ± {r['standard_error']:.3f}", f"NFE {r['nfe_mean']:.0f}", r)
-    )
-    mixture = f"{r['baseline_bits_per_dim']:.3f} ± {r['baseline_standard_error']:.3f}"
-    rows.append(("  Gaussian mixture, 10 components", mixture, "", None))
-  if r := records.get("evaluate"):
-    rows.append(
-      (f"{r['split']} denoising loss / dim", f"{r['loss']:.4f} ± {r['standard_error']:.4f}", "", r)
-    )
-    rows.append(("  best Gaussian predictor", f"{r['gaussian_predictor_loss']:.4f}", "", None))
-  if r := records.get("sample"):
-    rows.append((f"samples ({r['sampler']})", str(r["num_samples"]), f"NFE {r['nfe']}", r))
-  lines = [
-    f"{a:<36}{b:>18}{c:>10}" + (f"{r['seconds']:>8.1f} s" if r else "") for a, b, c, r in rows
-  ]
-  step = max(r["checkpoint_step"] for r in records.values())
-  rule = "-" * 74
-  return "\n".join(
-    [
-      rule,
-      f"{workdir}, checkpoint {step}",
-      rule,
-      *lines,
-      rule,
-      f"pictures and records: {workdir}/results/",
-    ]
-  )

@@ -100,12 +100,6 @@ class Mixture(Law):
   means: np.ndarray
   variance: float
 
-  def sample(self, key, n):
-    pick, spread = jax.random.split(key)
-    k = jax.random.choice(pick, len(self.means), (n,), p=self.weights[0])
-    z = jax.random.normal(spread, (n, self.means.shape[1]))
-    return jnp.asarray(self.means)[k] + np.sqrt(self.variance) * z
-
   def _noised(self, x, alpha, sigma):
     """x minus each noised mean [b, k, D], the noised variance, the joint log-densities [b, k]."""
     alpha, sigma = _columns(alpha, sigma)

@@ -13,7 +13,7 @@ import sampling
 from dynamics import SOLVERS
 from errors import ConfigError
 from sampling import SAMPLERS, SDE_SOLVERS, State, ancestral, euler_maruyama, time_grid
-from sde_lib import make_sde
+from sde_lib import example_keys, fold_in, make_sde, sample_prior
 
 names = pytest.mark.parametrize("name", PAPER)
 MEAN, VARIANCE = 1.5, 0.3
@@ -74,9 +74,15 @@ def propagate(coefficients, mean, variance):
   return np.array(moments)
 
 
-def pairs(sde, num_steps, spacing="time"):
-  """(t, s) of each step of a grid, in numpy."""
-  times = np.asarray(jax.jit(lambda: time_grid(sde, num_steps, spacing))())
+def even_steps(sde, num_steps):
+  """(t, s) of each of `num_steps` equal steps."""
+  times = np.linspace(sde.t_max, sde.t_min, num_steps + 1)
+  return times[:-1], times[1:]
+
+
+def uneven_steps(sde, num_steps):
+  """The same for steps that are equal in log-SNR."""
+  times = np.asarray(jax.jit(lambda: time_grid(sde, num_steps, "log_snr"))())
   return times[:-1], times[1:]
 
 
@@ -84,7 +90,7 @@ def pairs(sde, num_steps, spacing="time"):
 @names
 def test_moments_follow_the_closed_form_recursion(x64, affine, name, method):
   sde, paper, (make_step, closed_form) = make_sde(name), PAPER[name], STEPS[method]
-  t, s = pairs(sde, 20, "log_snr")
+  t, s = uneven_steps(sde, 20)
   ours = affine(sde, make_step(sde), LAW, t, s)
   expected = closed_form(paper, t, s)
   np.testing.assert_allclose(ours, expected, rtol=1e-9, atol=1e-12)
@@ -96,7 +102,7 @@ def test_moments_follow_the_closed_form_recursion(x64, affine, name, method):
 def test_posterior_variance_is_exact_for_a_point_mass(x64, affine, name):
   """From the exact law at t_max, seven coarse steps give N(alpha c, sigma^2) at every time."""
   sde, paper = make_sde(name), PAPER[name]
-  t, s = pairs(sde, 7)
+  t, s = even_steps(sde, 7)
   coefficients = affine(sde, ancestral(sde), diagonal([MEAN], [0.0]), t, s)
   moments = propagate(coefficients, paper.alpha(t[0]) * MEAN, paper.sigma(t[0]) ** 2)
   exact = np.stack([paper.alpha(s) * MEAN, paper.sigma(s) ** 2], axis=1)
@@ -106,7 +112,7 @@ def test_posterior_variance_is_exact_for_a_point_mass(x64, affine, name):
 def test_beta_variance_is_exact_for_standard_normal_data(x64, affine):
   sde = make_sde("vp")
   step = ancestral(sde, variance="beta")
-  coefficients = affine(sde, step, diagonal([0.0], [1.0]), *pairs(sde, 7))
+  coefficients = affine(sde, step, diagonal([0.0], [1.0]), *even_steps(sde, 7))
   moments = propagate(coefficients, 0.0, 1.0)
   np.testing.assert_allclose(moments, [[0.0, 1.0]] * 7, rtol=0, atol=1e-12)
 
@@ -131,7 +137,7 @@ def test_weak_order_is_one(x64, affine, name, method, v):
   sde, paper, step = make_sde(name), PAPER[name], STEPS[method][0]
   ends, num_steps = np.array([sde.t_min, sde.t_max]), 500 * 2 ** np.arange(4)
   end, start = paper.variance(ends, v)
-  grids = [pairs(sde, int(n)) for n in num_steps]
+  grids = [even_steps(sde, int(n)) for n in num_steps]
   t, s = np.concatenate(grids, axis=1)
   coefficients = np.array(affine(sde, step(sde), diagonal([0.0], [v]), t, s))
   runs = np.split(coefficients, np.cumsum(num_steps)[:-1], axis=1)
@@ -146,7 +152,7 @@ def test_sample_runs_the_steps_of_the_grid(x64, monkeypatch, method):
   sde, paper, (make_step, closed_form) = make_sde("sub_vp"), PAPER["sub_vp"], STEPS[method]
   monkeypatch.setattr(sampling, "normal", lambda key, shape: jnp.ones(shape))
   monkeypatch.setattr(sampling, "sample_prior", lambda key, sde, shape: jnp.full(shape, 0.7))
-  t, s = pairs(sde, 9, "log_snr")
+  t, s = uneven_steps(sde, 9)
   x = 0.7
   for a, b, c in zip(*closed_form(paper, t, s)):
     mean, x = a * x + b, a * x + b + c
@@ -199,7 +205,6 @@ def twice(key, noise_fn, state, t, s):
   "make_step, denoise, evaluations",
   [
     (euler_maruyama, "mean", 5),
-    (ancestral, None, 5),
     (euler_maruyama, "tweedie", 6),
     (lambda sde: twice, "mean", 10),
   ],
@@ -214,42 +219,48 @@ def test_sample_counts_its_evaluations(executions, make_step, denoise, evaluatio
   assert nfe == executions.count() == evaluations
 
 
-@pytest.mark.parametrize("solver", SDE_SOLVERS.keys() - {"euler", "heun"})
-def test_sample_sde_counts_its_evaluations(executions, solver):
+@pytest.mark.parametrize("sampler", ["euler_maruyama", "ancestral"])
+def test_samples_do_not_depend_on_the_split_into_batches(sampler):
+  """Examples 2 to 4 of a batch of five, and of a batch of three that starts with example 2."""
   sde = make_sde("vp")
-  score_fn = lambda x, t, labels: LAW.score_fn(sde)(executions.mark(x), t)
-  options = {"solver": solver, "num_steps": 5}
-  x, nfe = sampling.sample_sde(jax.random.key(0), sde, score_fn, (1, 1), **options)
-  assert nfe == executions.count() and jnp.isfinite(x).all()
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def draw(sampler, shape, first_index, labels):
-  """Samples whose score and therefore trajectory depend on the label of each example."""
-  sde, key = make_sde("vp"), jax.random.key(0)
-  score_fn = lambda x, t, labels: LAW.score_fn(sde)(x - labels[:, None], t)
   noise_fn = lambda x, t, labels: LAW.noise_fn(sde)(x - labels[:, None], t)
-  options = {"labels": labels, "first_index": first_index}
-  if sampler == "sample_sde":
-    return sampling.sample_sde(key, sde, score_fn, shape, solver="euler", num_steps=4, **options)[0]
-  options |= {"step": SAMPLERS[sampler](sde), "times": time_grid(sde, 4, "time")}
-  return sampling.sample(key, sde, noise_fn, shape, **options)[0]
+  options = {"step": SAMPLERS[sampler](sde), "times": time_grid(sde, 4, "time")}
+  run = lambda labels, first_index: sampling.sample(
+    jax.random.key(0),
+    sde,
+    noise_fn,
+    (len(labels), 1),
+    labels=labels,
+    first_index=first_index,
+    **options,
+  )[0]
+  whole, part = jax.jit(run)(jnp.arange(5), 0), jax.jit(run)(jnp.arange(2, 5), 2)
+  np.testing.assert_allclose(part, whole[2:], rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("sampler, size", [*((name, 3) for name in SAMPLERS), ("sample_sde", 5)])
-def test_samples_do_not_depend_on_the_split_into_batches(sampler, size):
-  """Examples 2 to 4 of a batch of five and of another batch that starts with example 2."""
-  whole = draw(sampler, (5, 1), 0, jnp.arange(5))
-  part = draw(sampler, (size, 1), 2, 2 + jnp.arange(size))
+@pytest.mark.parametrize("solver", sorted(SDE_SOLVERS.keys() - {"euler", "heun"}))
+def test_sample_sde_keys_its_examples_and_counts_its_evaluations(executions, solver):
+  """Examples 2 to 4 of two overlapping batches; all examples are evaluated at once."""
+  sde = make_sde("vp")
+  score_fn = lambda x, t, labels: labels[:, None] - executions.mark(x)
+  options = {"solver": solver, "num_steps": 5}
+  run = jax.jit(
+    lambda labels, first_index: sampling.sample_sde(
+      jax.random.key(0), sde, score_fn, (5, 1), labels=labels, first_index=first_index, **options
+    )
+  )
+  whole, nfe = run(jnp.arange(5), 0)
+  assert nfe == executions.count() >= 5
+  part, _ = run(jnp.arange(2, 7), 2)
   np.testing.assert_allclose(part[:3], whole[2:], rtol=1e-6, atol=1e-6)
+  assert len(np.unique(part)) == 5
 
 
 @names
 def test_sample_ode_is_the_closed_form_flow_of_the_prior_draw(x64, executions, name):
   """Examples 3 and 4 of the key, whose prior draws the other samplers share."""
   sde, key = make_sde(name), jax.random.key(0)
-  options = {"step": twice, "times": jnp.ones(2), "first_index": 3}
-  prior = sampling.sample_trajectory(key, sde, LAW.noise_fn(sde), (2, 1), **options)[0]
+  prior = sample_prior(fold_in(example_keys(key, 2, 3), 0), sde, (2, 1))
   options = {"solver": "dopri8", "rtol": 1e-9, "atol": 1e-9, "first_index": 3}
   score_fn = lambda x, t, labels: LAW.score_fn(sde)(executions.mark(x), t)
   x, nfe = sampling.sample_ode(key, sde, score_fn, (2, 1), **options)
@@ -317,7 +328,7 @@ def test_sample_sde_draws_the_data():
 
 
 @names
-@pytest.mark.parametrize("spacing", sampling.SPACINGS)
+@pytest.mark.parametrize("spacing", ["time", "log_snr", "karras"])
 def test_time_grid_decreases_from_t_max_to_t_min(name, spacing):
   sde = make_sde(name)
   times = jax.jit(lambda: time_grid(sde, 100, spacing))()

@@ -1,4 +1,4 @@
-"""The command line and the configuration saved in a workdir: what is refused, and with which words."""
+"""The command line and the configuration of a workdir: what is refused, and with which words."""
 
 import pytest
 from tiny import tiny_config
@@ -114,14 +114,14 @@ def test_what_the_weights_depend_on_cannot_change(tmp_path):
 @pytest.mark.parametrize("mode", ["sample", "likelihood", "evaluate"])
 def test_modes_that_need_a_trained_run_refuse_an_empty_workdir(tmp_path, mode):
   for workdir in (tmp_path, tmp_path / "missing"):
-    with pytest.raises(ConfigError, match="--workdir = .*\n.*trained before\n.*train first"):
+    with pytest.raises(ConfigError, match=r"--workdir = .*\n.*trained before\n.*train first"):
       resolve(workdir, mode)
   assert not (tmp_path / "missing").exists()
 
 
 def test_a_workdir_that_cannot_be_written_is_refused(tmp_path):
   (tmp_path / "file").write_text("")
-  with pytest.raises(ConfigError, match="--workdir = .*file/run"):
+  with pytest.raises(ConfigError, match=r"--workdir = .*file/run"):
     settings.save(tiny_config(), tmp_path / "file" / "run")
 
 

@@ -81,7 +81,7 @@ def test_step_compiles_once_and_donates_its_state(experiment, one_device):
 
 
 def test_ema_equals_its_closed_form(experiment):
-  """ema_n = sum_k w_k params_k with w_k = (1 - d_k) prod_{j > k} d_j, and the start with prod d_j."""
+  """ema_n = sum_k w_k params_k, w_k = (1 - d_k) prod_{j > k} d_j; the start weighs prod d_j."""
   config, params = tiny_config(ema__half_life_images=20.0, ema__ramp_up=0.5), []
   keep = lambda state: params.append(jax.device_get(state.params))
   state, _, _ = run_steps(experiment, config, mesh_of(1), 5, keep)

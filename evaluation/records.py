@@ -1,0 +1,65 @@
+"""The records of finished jobs and their table; free of jax, so that a finished run answers at
+once.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+import settings
+
+# mode: the section of the configuration that its result depends on, beside the training
+SECTIONS = {"sample": "sampling", "likelihood": "likelihood", "evaluate": "evaluation"}
+
+
+def result_path(workdir: Path, mode: str) -> Path:
+  """Where the record of a mode lies."""
+  return workdir / "results" / f"{mode}.json"
+
+
+def finished(config: ConfigDict, workdir: Path) -> dict[str, dict[str, Any]]:
+  """{mode: record} of the results that belong to this configuration at the end of its training."""
+  records = {}
+  for mode, section in SECTIONS.items():
+    path = result_path(workdir, mode)
+    record = json.loads(path.read_text()) if path.is_file() else {}
+    wanted = settings.digest(config, section), config.training.num_steps
+    if (record.get("config_digest"), record.get("checkpoint_step")) == wanted:
+      records[mode] = record
+  return records
+
+
+def summary(records: dict[str, dict[str, Any]], workdir: Path) -> str:
+  """The closing table of a run."""
+  rows = []
+  if r := records.get("likelihood"):
+    dims = f"{r['split']} bits/dim, {r['num_examples']} images"
+    rows.append(
+      (dims, f"{r['bits_per_dim']:.3f} ± {r['standard_error']:.3f}", f"NFE {r['nfe_mean']:.0f}", r)
+    )
+    mixture = f"{r['baseline_bits_per_dim']:.3f} ± {r['baseline_standard_error']:.3f}"
+    rows.append(("  Gaussian mixture, 10 components", mixture, "", None))
+  if r := records.get("evaluate"):
+    rows.append(
+      (f"{r['split']} denoising loss / dim", f"{r['loss']:.4f} ± {r['standard_error']:.4f}", "", r)
+    )
+    rows.append(("  best Gaussian predictor", f"{r['gaussian_predictor_loss']:.4f}", "", None))
+  if r := records.get("sample"):
+    rows.append((f"samples ({r['sampler']})", str(r["num_samples"]), f"NFE {r['nfe']}", r))
+  lines = [
+    f"{a:<36}{b:>18}{c:>10}" + (f"{r['seconds']:>8.1f} s" if r else "") for a, b, c, r in rows
+  ]
+  step = max(r["checkpoint_step"] for r in records.values())
+  rule = "-" * 74
+  return "\n".join(
+    [
+      rule,
+      f"{workdir}, checkpoint {step}",
+      rule,
+      *lines,
+      rule,
+      f"pictures and records: {workdir}/results/",
+    ]
+  )
