@@ -8,7 +8,7 @@ is `predict(x_t, t)`: the probability, of the shape of x_t, that each bit of x_0
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import NamedTuple
 
@@ -38,7 +38,7 @@ class Binomial:
   `ConfigError`. Bernoulli(1/2) is the law of x_T only where some b_t = 1; elsewhere the bound pays.
   """
 
-  betas: np.ndarray
+  betas: Sequence | np.ndarray
 
   def __post_init__(self):
     betas = np.array(self.betas, np.float64)
@@ -87,7 +87,7 @@ def flip_probability(process: Binomial, t: Time, s: Time = 0) -> Array:
   return flip(t, s)
 
 
-def _through(flip: Array, x: Array) -> Array:
+def _through(flip: Array, x: Array | float) -> Array:
   """Probability of 1 after a bit that is 1 with probability `x` is flipped with probability `flip`:
   a sum of positive terms, for x and for 1 - x.
   """
@@ -165,7 +165,7 @@ def step_divergence(
   At t = 1 the first law is the bit itself, and this is the reconstruction -log p(x_0 | x_1).
   """
   guess = _predicted(predict, x_t, t)
-  # P(0) as the posterior of the complements: 1 - P(1) loses the digits that T small terms add up
+  # P(0) as the posterior of the complements: 1 - P(1) rounds to zero, the divergence to infinity
   both = lambda x: (posterior(process, x_t, x, t), posterior(process, 1 - x_t, 1 - x, t))
   return _divergence(both(x0), both(guess))
 
@@ -291,7 +291,7 @@ def sample(
   shape: tuple[int, ...],
   *,
   step: Step | None = None,
-  times: list[int] | np.ndarray | None = None,
+  times: Sequence | np.ndarray | None = None,
   first_index: int | Array = 0,
 ) -> tuple[Bits, Int[Array, ""]]:
   """Draws `shape` = [b, *d] examples from Bernoulli(1/2) at step T down to 0: (bits, network

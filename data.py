@@ -46,7 +46,8 @@ class Transform:
     one per example.
     """
     u = jax.vmap(lambda key: jax.random.uniform(key, k.shape[1:]))(example_keys(key, k.shape[0]))
-    return self.low + (k.astype(jnp.float32) + u) * self.bin_width
+    # float32 would round k + u up into the next bin
+    return self.low + (k.astype(jnp.float32) + jnp.minimum(u, 1 - 2.0**-14)) * self.bin_width
 
   def inverse(self, x: Float[Array, "b *d"]) -> Integer[Array, "b *d"]:
     """The value whose bin holds x; values outside [low, high] go to the nearest bin."""

@@ -84,6 +84,26 @@ def with_log_density(field: VectorField, probe: Float[Array, "k *d"] | None) -> 
   return augmented
 
 
+class _CountingController(diffrax.PIDController):
+  """A PID controller that counts the rejections before the first accepted step.
+
+  A solver that hands its last stage to the next step (FSAL) has none to hand on until then, so each
+  of these costs one evaluation more.
+  """
+
+  def init(self, *args):
+    """diffrax's interface."""
+    end, state = super().init(*args)
+    return end, (state, jnp.zeros((), int), jnp.zeros((), bool))
+
+  def adapt_step_size(self, *args):
+    """diffrax's interface; the last argument is the controller's state."""
+    *args, (state, rejections, started) = args
+    keep, *times, state, result = super().adapt_step_size(*args, state)
+    started = started | keep
+    return keep, *times, (state, rejections + ~started, started), result
+
+
 class Solution(NamedTuple):
   """End of an ODE solve: `ok` is False where it hit max_steps or left the finite numbers."""
 
@@ -120,7 +140,8 @@ def solve(
     dt0=1e-3 * (t1 - t0),
     y0=state,
     args=args,
-    stepsize_controller=diffrax.PIDController(rtol, atol),
+    stepsize_controller=_CountingController(rtol, atol),
+    saveat=diffrax.SaveAt(t1=True, controller_state=True),
     max_steps=max_steps,
     adjoint=diffrax.ForwardMode(),
     throw=False,
@@ -128,5 +149,6 @@ def solve(
   end = jax.tree.map(lambda y: y[-1], solution.ys)
   finite = jnp.array([jnp.isfinite(y).all() for y in jax.tree.leaves(end)]).all()
   stages, reuses = method.tableau.num_stages, method.tableau.fsal
-  nfe = solution.stats["num_steps"] * (stages - reuses) + reuses
+  firsts = 1 + solution.controller_state[1] if reuses else 0
+  nfe = solution.stats["num_steps"] * (stages - reuses) + firsts
   return Solution(end, nfe, finite & (solution.result == diffrax.RESULTS.successful))

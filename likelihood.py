@@ -12,12 +12,10 @@ from errors import ConfigError, lookup
 from parameterization import ScoreFn
 from sde_lib import SDE, Keys, example_keys, prior_log_prob
 
-# name: (key, shape of one example, number of probes) -> probes [k, *d], or None for the exact trace
+# name: (key, one example x [*d], number of probes) -> probes [k, *d], or None for the exact trace
 DIVERGENCES = {
-  "exact": lambda key, shape, num_probes: None,
-  "rademacher": lambda key, shape, num_probes: jax.random.rademacher(
-    key, (num_probes, *shape), jnp.float32
-  ),
+  "exact": lambda key, x, k: None,
+  "rademacher": lambda key, x, k: jax.random.rademacher(key, (k, *x.shape), x.dtype),
 }
 
 
@@ -60,7 +58,7 @@ def log_likelihood(
   def one(key, x, label):
     batched = None if label is None else label[None]
     field = probability_flow(sde, lambda x, t, _: score_fn(x[None], t, batched)[0])
-    flow = with_log_density(field, draw(key, x.shape, num_probes))
+    flow = with_log_density(field, draw(key, x, num_probes))
     start = (x, jnp.zeros((), x.dtype))
     return solve(
       flow, start, sde.t_min, sde.t_max, solver=solver, rtol=rtol, atol=atol, max_steps=max_steps

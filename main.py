@@ -1,7 +1,8 @@
 """Trains a score model, samples from it, computes its exact likelihood, evaluates it.
 
 python main.py [--config=configs/x.py] [--workdir=runs/x]
-               [--mode=train|sample|likelihood|evaluate|run] [--config.section.field=value ...]
+               [--mode=train|sample|likelihood|evaluate|run|inspect|validate]
+               [--config.section.field=value ...]
 """
 
 import os
@@ -39,14 +40,19 @@ def run(mode: str, workdir: Path) -> None:
 
 
 def work(config: ConfigDict, workdir: Path, mode: str, wanted: list[str]) -> dict:
-  """Trains or restores, then does the wanted jobs: {job: record}."""
+  """Trains or restores, then does the wanted jobs: {job: record}; inspecting and validating need
+  neither.
+  """
   import jax  # only now: neither a wrong argument nor a finished run need wait for it
 
   cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", "~/.cache/pakhsh/compiled")
   jax.config.update("jax_compilation_cache_dir", os.path.expanduser(cache))
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
-  from evaluation import jobs
+  from evaluation import inspection, jobs, validation
 
+  if mode in settings.UNTRAINED:
+    {"inspect": inspection.run, "validate": validation.run}[mode](config)
+    return {}
   job = jobs.start(config, workdir, train=mode in ("train", "run"))
   return {name: jobs.JOBS[name](job) for name in wanted}
 

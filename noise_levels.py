@@ -94,7 +94,7 @@ def count_duplicates(x: Array, among: Array | None = None) -> int:
 
 
 def sigma_data(x: Float[Array, "n *d"], bin_width: float = 0.0) -> float:
-  """The std of all values (Karras et al. 2022, table 1), of uniform dequantization over bins too."""
+  """The std of all values (Karras et al. 2022, table 1), with uniform dequantization added."""
   return float(np.sqrt(np.var(x, dtype=np.float64) + bin_width**2 / 12))
 
 
@@ -155,4 +155,6 @@ def langevin_step_size(sigmas: Float[Array, " n"], num_steps: int) -> float:
   best = int(np.argmin(technique4(ratio, steps, num_steps)))
   bounds = steps[max(best - 1, 0)], steps[min(best + 1, len(steps) - 1)]
   value = lambda step: technique4(ratio, step, num_steps)
-  return minimize_scalar(value, bounds=bounds, method="bounded", options={"xatol": 1e-10}).x * low**2
+  return (
+    minimize_scalar(value, bounds=bounds, method="bounded", options={"xatol": 1e-10}).x * low**2
+  )

@@ -36,10 +36,17 @@ OUTPUTS = {
   "edm": _edm,
 }
 
+
+def nearest_level(sde: SDE, t: Float[Array, " b"]) -> Float[Array, " b"]:
+  """Index (from 0) of the level of a discrete-time model nearest to each time, rounded not cut."""
+  times = jnp.asarray(sde.times, t.dtype)
+  return jnp.argmin(jnp.abs(times[None] - t[:, None]), 1).astype(t.dtype)
+
+
 # name: (sde, t) -> what the network is told about time
 C_NOISE = {
   "t999": lambda sde, t: 999 * t / sde.t_max,
-  "index": lambda sde, t: jnp.argmin(jnp.abs(sde.times[None] - t[:, None]), 1).astype(t.dtype),
+  "index": nearest_level,
   "log_sigma": lambda sde, t: jnp.log(marginal(sde, t)[1]),
   "log_sigma4": lambda sde, t: -log_snr(sde, t) / 8,
   "log_snr": log_snr,

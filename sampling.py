@@ -166,7 +166,8 @@ def _moments(h: Array) -> tuple[Array, Array, Array]:
 
 
 class Past(NamedTuple):
-  """Memory of the multistep solvers: the last data prediction, and the step (in log-SNR / 2) to it.
+  """Memory of the multistep solvers: the last data prediction, and the step (in log-SNR / 2) to
+  it.
   """
 
   data: Array
@@ -174,7 +175,8 @@ class Past(NamedTuple):
 
 
 def _slope(data: Array, past: Past | None, length: Array) -> Array:
-  """Change of the data prediction over one step of `length`, from the last two; 0 without a past.
+  """Change of the data prediction over one step of `length`, from the last two; 0 without a
+  past.
   """
   if past is None:
     return jnp.zeros_like(data)
@@ -210,7 +212,8 @@ def dpm_solver(sde: SDE, order: int = 2, eta: float = 0.0) -> Step:
 
 
 class UniPCMemory(NamedTuple):
-  """The corrected state at the last time, that time, the data prediction there, and its own past.
+  """The corrected state at the last time, that time, the data prediction there, and its own
+  past.
   """
 
   x: Array
@@ -394,7 +397,7 @@ def _trained(sde: SDE, u: Array) -> Array:
     legal = f"a process with more than {len(u) - 1} levels; this one has {count}"
     raise invalid("spacing", "trained", legal, "take another spacing or fewer steps")
   last = len(sde.times) - 1
-  return sde.times[jnp.round((1 - u) * last).astype(int)]
+  return jnp.asarray(sde.times)[jnp.round((1 - u) * last).astype(int)]
 
 
 # name: (sde, u in [0, 1]) -> times from t_max to t_min
@@ -429,7 +432,8 @@ class _Counted:
 
 
 def _run(key, sde, noise_fn, shape, step, times, labels, first_index, init, record):
-  """Scans `step` from `init` or a prior draw: (last state, NFE, start, record(state) of each step).
+  """Scans `step` from `init` or a prior draw: (last state, NFE, start, record(state) of each
+  step).
   """
   keys = example_keys(key, shape[0], first_index)
   x = sample_prior(fold_in(keys, 0), sde, shape) if init is None else init

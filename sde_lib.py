@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Key
 
 from errors import ConfigError, lookup
 
-Time = Float[Array, ""] | Float[Array, " b"] | float
+Time = Float[Array, ""] | Float[Array, " b"] | np.ndarray | np.floating | float | int
 Keys = Key[Array, ""] | Key[Array, " b"]
 
 
@@ -34,7 +34,7 @@ class SDE:
   t_min: float  # integration ends here: the data end
   t_max: float  # the prior end
   prior_std: float  # std of the prior: 1 for VP and sub-VP, sigma_max for VE
-  times: Array | None = None  # the training grid of a discrete-time model
+  times: Array | np.ndarray | None = None  # the training grid of a discrete-time model, increasing
 
 
 def expand(v: Time, x: Float[Array, "b *d"]) -> Array:
@@ -134,8 +134,7 @@ def posterior(
   appendix A).
 
   With d = log-SNR(t) - log-SNR(s) < 0: mean = (alpha_s / alpha_t) e^d x_t - alpha_s expm1(d) x_0
-  and variance = -sigma_s^2 expm1(d), which stays exact when t - s is small. std has the shape of
-  `t`.
+  and variance = -sigma_s^2 expm1(d), without a difference of variances. std has the shape of `t`.
   """
   alpha_s, sigma_s = marginal(sde, s)
   d = log_snr(sde, t) - log_snr(sde, s)
@@ -235,7 +234,7 @@ def _tabulated(log_alphas: np.ndarray, log_sigmas: np.ndarray, prior_std: float)
     (lambda t: jnp.interp(t, times, log_alphas)),
     (lambda t: jnp.interp(t, times, log_sigmas)),
   )
-  return SDE(*tables, times[0], 1.0, prior_std, jnp.asarray(times, jnp.float32))
+  return SDE(*tables, times[0], 1.0, prior_std, times)
 
 
 def _from_betas(betas: np.ndarray) -> SDE:
@@ -250,7 +249,8 @@ def ddpm(beta_min: float = 1e-4, beta_max: float = 0.02, num_steps: int = 1000) 
 
 
 def iddpm(num_steps: int = 4000, s: float = 0.008, max_beta: float = 0.999) -> SDE:
-  """The chain of improved DDPM: cosine alpha-bar, betas clipped (Nichol & Dhariwal 2021, eq. 17).
+  """The chain of improved DDPM: cosine alpha-bar, betas clipped (Nichol & Dhariwal 2021, eq.
+  17).
   """
   abar = np.cos((np.arange(num_steps + 1) / num_steps + s) / (1 + s) * np.pi / 2) ** 2
   return _from_betas(np.minimum(1 - abar[1:] / abar[:-1], max_beta))

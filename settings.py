@@ -15,7 +15,8 @@ from ml_collections import ConfigDict
 
 from errors import ConfigError, check, invalid
 
-MODES = ("train", "sample", "likelihood", "evaluate", "run")
+UNTRAINED = ("inspect", "validate")  # modes that look at a configuration, trained or not
+MODES = ("train", "sample", "likelihood", "evaluate", "run", *UNTRAINED)
 DEFAULT_CONFIG = "configs/digits.py"
 
 # What may change between training and later use of its checkpoints: none of it changes what the
@@ -168,7 +169,7 @@ def resolve(
   saved = read(workdir)
   if saved is None:
     check(
-      mode in ("train", "run"),
+      mode in ("train", "run", *UNTRAINED),
       "--workdir",
       str(workdir),
       f"for --mode={mode}, the folder of a run that was trained before",
@@ -181,7 +182,7 @@ def resolve(
   old, new = flatten(saved), flatten(wanted)
   changed = [k for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k)]
   fixed = [f"  {k}: {old.get(k)!r} here, {new.get(k)!r} asked for" for k in changed if not _free(k)]
-  if fixed:
+  if fixed and mode not in UNTRAINED:
     raise ConfigError(
       f"{workdir} holds a run of another configuration:\n"
       + "\n".join(fixed)

@@ -59,8 +59,21 @@ def get_config(process: str = "vp") -> ConfigDict:
   config.sampling = {
     "sampler": "ancestral",
     "options": {
-      "ancestral": {"variance": "posterior"},
       "euler_maruyama": {},
+      "reverse_diffusion": {},
+      "ancestral": {"variance": "posterior"},
+      "ddim": {"eta": 0.0},
+      "edm": {"gamma": 0.0},
+      "dpm_solver": {"order": 2, "eta": 0.0},
+      "unipc": {},
+      "predictor_corrector": {
+        "predictor": "reverse_diffusion",
+        "corrector": "langevin",
+        "snr": 0.16,
+        "num_corrector_steps": 1,
+        "per_example": True,
+      },
+      "annealed_langevin": {"step_lr": 2e-5, "num_steps": 5},
       "probability_flow": {"solver": "tsit5", "rtol": 1e-4, "atol": 1e-4, "max_steps": 1000},
     },
     "num_steps": 200,

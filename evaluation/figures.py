@@ -30,7 +30,8 @@ def to_unit(x: np.ndarray, transform: Transform) -> np.ndarray:
 
 
 def save_grid(path: Path, x: np.ndarray, transform: Transform, columns: int = 10) -> None:
-  """Examples [n, h, w, c] in model units as a grid; small images are enlarged smoothly, to be read.
+  """Examples [n, h, w, c] in model units as a grid; small images are enlarged smoothly, to be
+  read.
   """
   levels = np.asarray(transform.inverse(jnp.asarray(x))) / (transform.levels - 1)
   # three channels are colours; of any other number the mean is shown in grey

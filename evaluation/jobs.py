@@ -186,7 +186,8 @@ def _process_figure(job: Job, path: Path, num_images: int = 6, num_frames: int =
 
 
 def _likelihood_table(job: Job) -> dict[str, np.ndarray]:
-  """One row per image of the split, in its order: index, bits_per_dim, nfe, and the dequantized x.
+  """One row per image of the split, in its order: index, bits_per_dim, nfe, and the dequantized
+  x.
   """
   experiment, options = job.experiment, job.experiment.config.likelihood
   transform, images = (
@@ -212,7 +213,8 @@ def _likelihood_table(job: Job) -> dict[str, np.ndarray]:
 
 
 def run_likelihood(job: Job) -> dict[str, Any]:
-  """Exact bits/dim of every image of a split, each once, uniformly dequantized, and the baseline's.
+  """Exact bits/dim of every image of a split, each once, uniformly dequantized, and the
+  baseline's.
   """
   options = job.experiment.config.likelihood
   begin = time.perf_counter()

@@ -11,7 +11,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from jaxtyping import install_import_hook  # noqa: E402
 
-CHECKED = "errors sde_lib parameterization dynamics losses sampling likelihood data models"
+CHECKED = "errors sde_lib parameterization dynamics losses sampling likelihood data models binomial"
 install_import_hook(CHECKED.split(), "beartype.beartype")
 
 import jax  # noqa: E402

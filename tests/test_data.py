@@ -4,6 +4,7 @@ import itertools
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from sklearn.datasets import load_digits
@@ -81,3 +82,12 @@ def test_a_data_folder_that_cannot_be_written_is_named(tmp_path):
 def test_an_unknown_data_set_lists_the_known_ones():
   with pytest.raises(ConfigError, match="'digits'"):
     data.load("mnist", DIR)
+
+
+@pytest.mark.parametrize("levels", [2, 17, 256])
+def test_dequantized_values_return_to_their_level_even_for_the_largest_draw(monkeypatch, levels):
+  transform, k = data.Transform(levels), jnp.arange(levels)[None]
+  largest = lambda key, shape: jnp.full(shape, 1 - 2.0**-24)
+  monkeypatch.setattr(jax.random, "uniform", largest)
+  x = transform.dequantize(jax.random.key(0), k)
+  np.testing.assert_array_equal(transform.inverse(x), k)

@@ -100,6 +100,16 @@ def test_a_failed_solve_is_nan_for_its_example_only(batch):
   np.testing.assert_array_equal(np.delete(failed, 2), np.delete(result.log_prob, 2))
 
 
+def test_each_example_has_its_own_probes():
+  """The estimate follows an example's key, wherever the example stands in the batch."""
+  law, keys = rotated([0.0, 0.0], [0.1, 2.0]), example_keys(jax.random.key(0), 6)
+  score_fn, x = law.score_fn(SDE), jnp.ones((6, 2))
+  run = jax.jit(lambda keys: log_likelihood(keys, SDE, score_fn, x, rtol=1e-3, atol=1e-3).log_prob)
+  log_prob = run(keys)
+  np.testing.assert_allclose(run(keys[::-1])[::-1], log_prob, rtol=1e-6)
+  assert np.ptp(log_prob) > 0.1  # the two signs of the off-diagonal part
+
+
 def test_unknown_divergence_lists_the_legal_ones():
   with pytest.raises(ConfigError, match="divergence = 'hutchinson'") as error:
     log_likelihood(
@@ -109,7 +119,7 @@ def test_unknown_divergence_lists_the_legal_ones():
 
 
 def test_rademacher_probes_are_signs_that_differ():
-  probes = DIVERGENCES["rademacher"](jax.random.key(0), (4, 3), 5)
+  probes = DIVERGENCES["rademacher"](jax.random.key(0), jnp.ones((4, 3)), 5)
   assert probes.shape == (5, 4, 3) and set(np.unique(probes)) == {-1.0, 1.0}
   assert len(np.unique(probes, axis=0)) == 5
 
@@ -170,3 +180,10 @@ def test_dequantization_does_not_depend_on_the_batch_size():
   part = Transform(1).dequantize(jax.random.key(0), jnp.zeros((2, 500), int))
   np.testing.assert_array_equal(part, x[:2])
   assert len(np.unique(x[:, :5])) == 16 * 5
+
+
+def test_likelihood_runs_in_float64(x64):
+  sde = make_sde("vp")
+  x = jnp.ones((2, 3)) / 2
+  result = log_likelihood(jax.random.key(0), sde, diagonal([0.0] * 3, [1.0] * 3).score_fn(sde), x)
+  assert result.log_prob.dtype == jnp.float64

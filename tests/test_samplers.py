@@ -21,6 +21,7 @@ PROCESSES = {
   "rectified": {"t_min": 1e-2, "t_max": 0.99},
 }
 processes = pytest.mark.parametrize("name", PROCESSES)
+three = pytest.mark.parametrize("name", ["vp", "ve", "rectified"])
 
 
 def flow_error(sde, step, num_steps, law=LAW):
@@ -33,7 +34,7 @@ def flow_error(sde, step, num_steps, law=LAW):
   return float(jnp.abs(x - law.flow(sde, start, sde.t_max, sde.t_min)).max()), int(nfe)
 
 
-@processes
+@three
 @pytest.mark.parametrize(
   ("sampler", "options", "order", "cost"),
   [
@@ -75,7 +76,7 @@ def moments(x64, monkeypatch):
   return variance
 
 
-@pytest.mark.parametrize("name", ["vp", "ve", "rectified"])
+@three
 @pytest.mark.parametrize(
   ("sampler", "options", "order"),
   [
@@ -274,7 +275,7 @@ def test_langevin_corrector_averages_norms_over_the_batch_or_not(x64):
     (lambda sde: sampling.predictor_corrector(sde, predictor="x"), ["predictor", "'ddim'"]),
     (lambda sde: sampling.predictor_corrector(sde, corrector="x"), ["corrector", "'ald'"]),
     (
-      lambda sde: sampling.langevin_step(jax.random.key(0), 0, 0, 1, "x"),
+      lambda sde: sampling.langevin_step(jax.random.key(0), jnp.ones(1), jnp.ones(1), 1.0, "x"),
       ["convention", "'report'"],
     ),
     (lambda sde: time_grid(sde, 9, "trained"), ["spacing = 'trained'", "levels"]),

@@ -204,8 +204,7 @@ def twice(key, noise_fn, state, t, s):
 @pytest.mark.parametrize(
   "make_step, denoise, evaluations",
   [
-    (euler_maruyama, "mean", 5),
-    (euler_maruyama, "tweedie", 6),
+    (ancestral, "tweedie", 6),
     (lambda sde: twice, "mean", 10),
   ],
 )
@@ -253,10 +252,11 @@ def test_sample_sde_keys_its_examples_and_counts_its_evaluations(executions, sol
   assert nfe == executions.count() >= 5
   part, _ = run(jnp.arange(2, 7), 2)
   np.testing.assert_allclose(part[:3], whole[2:], rtol=1e-6, atol=1e-6)
-  assert len(np.unique(part)) == 5
+  relabelled, _ = run(5 * jnp.arange(5), 0)
+  np.testing.assert_array_equal((abs(relabelled - whole) > 0.1)[:, 0], np.arange(5) > 0)
 
 
-@names
+@pytest.mark.parametrize("name", ["vp", "ve"])
 def test_sample_ode_is_the_closed_form_flow_of_the_prior_draw(x64, executions, name):
   """Examples 3 and 4 of the key, whose prior draws the other samplers share."""
   sde, key = make_sde(name), jax.random.key(0)

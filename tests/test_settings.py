@@ -59,7 +59,7 @@ def test_right_arguments_pass():
     ({"training__num_steps": 0}, ["training.num_steps", "0", "above 0"]),
     ({"training__batch_size": 6}, ["training.batch_size", "6", "4 devices", "4 or 8"]),
     ({"likelihood__batch_size": 7}, ["likelihood.batch_size", "4 devices"]),
-    ({"sampling__sampler": "ddim"}, ["sampling.sampler", "'ancestral'"]),
+    ({"sampling__sampler": "ddpm"}, ["sampling.sampler", "'ancestral'"]),
     ({"sampling__options__ancestral__variance": "big"}, ["variance", "'posterior'"]),
     (
       {"sampling__options__ancestral": {"eta": 1.0}},

@@ -1,0 +1,92 @@
+"""Measures against closed forms."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from analytic import diagonal
+from scipy.linalg import sqrtm
+
+from evaluation.denoising import gaussian_predictor_loss, loss_per_level
+from evaluation.fid import frechet_distance, sample_frechet_distance
+from evaluation.mixture import mixture_log_prob
+from evaluation.two_sample import energy_test
+from evaluation.work_precision import mixture_noise_fn, mixture_quantiles, wasserstein2
+from sde_lib import make_sde, marginal
+
+RNG = np.random.default_rng(0)
+
+
+def covariance(d):
+  root = RNG.normal(size=(d, d))
+  return root @ root.T
+
+
+def test_frechet_distance_of_commuting_gaussians():
+  a, b = np.array([1.0, 4.0, 9.0]), np.array([4.0, 1.0, 16.0])
+  distance = frechet_distance(np.zeros(3), np.diag(a), np.ones(3), np.diag(b))
+  np.testing.assert_allclose(distance, 3 + ((np.sqrt(a) - np.sqrt(b)) ** 2).sum(), rtol=1e-12)
+
+
+def test_frechet_distance_equals_the_matrix_root_of_scipy():
+  m, c1, c2 = RNG.normal(size=20), covariance(20), covariance(20)
+  expected = m @ m + np.trace(c1 + c2 - 2 * sqrtm(c1 @ c2).real)
+  np.testing.assert_allclose(frechet_distance(m, c1, 0 * m, c2), expected, rtol=1e-6)
+
+
+def test_frechet_distance_of_a_set_to_itself_is_zero_in_any_order():
+  x = RNG.normal(size=(200, 5))
+  assert abs(sample_frechet_distance(x, x[::-1])) < 1e-9
+
+
+def test_energy_test_tells_laws_apart_and_accepts_equal_ones():
+  x, y = RNG.normal(size=(2, 150, 4))
+  assert energy_test(x, y)[1] > 0.05
+  assert energy_test(x, y + 0.5)[1] < 0.01
+
+
+def test_energy_test_rejects_equal_laws_as_often_as_it_says():
+  """40 tests at the level 0.2: 8 rejections, within 3 standard errors."""
+  p = [energy_test(*RNG.normal(size=(2, 30, 2)), num_permutations=50)[1] for _ in range(40)]
+  assert abs(np.mean(np.array(p) <= 0.2) - 0.2) < 3 * np.sqrt(0.16 / 40)
+
+
+def test_gaussian_predictor_loss_is_reached_by_the_exact_prediction():
+  sde, law = make_sde("vp"), diagonal([0.3, -0.2], [0.25, 1.5])
+  times = jnp.array([0.05, 0.3, 0.7])
+  x0 = law.sample(jax.random.key(0), 20_000)
+  losses = loss_per_level(jax.random.key(1), sde, law.noise_fn(sde), x0, times, 2)
+  closed = gaussian_predictor_loss(sde, np.asarray(x0), times)
+  alpha, sigma = (np.asarray(c)[:, None] for c in marginal(sde, times))
+  signal = alpha**2 * np.array([0.25, 1.5])
+  np.testing.assert_allclose(closed, (signal / (signal + sigma**2)).mean(1), rtol=3e-2)
+  error = np.asarray(losses.std(1)) / np.sqrt(20_000)
+  assert (np.abs(losses.mean(1) - closed) < 4 * error).all()
+
+
+def test_predicting_nothing_costs_one():
+  zero = lambda x, t, labels=None: jnp.zeros_like(x)
+  x0 = jnp.zeros((5_000, 4))
+  losses = loss_per_level(jax.random.key(0), make_sde("ve"), zero, x0, jnp.array([0.5]), 1)
+  np.testing.assert_allclose(losses.mean(), 1.0, atol=4 * np.sqrt(2 / 20_000))
+
+
+def test_mixture_baseline_finds_a_gaussian():
+  x, y = RNG.normal(size=(4000, 2)), RNG.normal(size=(500, 2))
+  exact = -0.5 * (y**2).sum(1) - np.log(2 * np.pi)
+  fitted = mixture_log_prob(x, y, num_components=1)
+  np.testing.assert_allclose(fitted.mean(), exact.mean(), atol=0.01)
+
+
+def test_wasserstein_distance_of_the_benchmark_is_zero_for_the_law_itself():
+  sde = make_sde("vp", t_min=1e-4)
+  exact = mixture_quantiles(*(float(c) for c in marginal(sde, sde.t_min)))
+  assert wasserstein2(sde, exact) < 1e-6
+  np.testing.assert_allclose(wasserstein2(sde, exact + 0.25), 0.25, rtol=1e-6)
+
+
+def test_noise_of_the_benchmark_is_that_of_its_mixture():
+  """E[x_0] = 0.4 at t_max, where x tells nothing: x - alpha E[x_0] = sigma E[noise | x]."""
+  sde, x = make_sde("vp"), jnp.zeros((1, 1))
+  alpha, sigma = marginal(sde, 1.0)
+  noise = mixture_noise_fn(sde)(x, jnp.asarray(1.0))
+  np.testing.assert_allclose(noise, -alpha / sigma * 0.4, rtol=1e-2)
