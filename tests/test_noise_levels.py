@@ -176,8 +176,8 @@ def test_the_proposed_lines_can_be_used_as_they_are(capsys):
     for line in (line for line in lines if line.startswith("config.")):
       config = digits(process)
       exec(line, {"config": config})
-      sde_lib.make_sde(config.sde.name, **config.sde.args)
-      sampling.annealed_langevin(None, **config.sampling.options.annealed_langevin)
+      sde = sde_lib.make_sde(config.sde.name, **config.sde.args)
+      sampling.annealed_langevin(sde, **config.sampling.options.annealed_langevin)
 
 
 def test_inspect_warns_above_twenty_percent(capsys):
