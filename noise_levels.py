@@ -48,14 +48,14 @@ def largest_distance(x: Float[Array, "n *d"], block: int = 1024) -> float:
 
 
 def distance_bracket(
-  x: Float[Array, "n *d"], budget: float = 1e12, num_rounds: int = 20
+  x: Float[Array, "n *d"], budget: float = 2e11, num_rounds: int = 10
 ) -> tuple[float, float]:
   """Certified (lower, upper) of the largest distance between two examples; equal where it is exact.
 
   lower is the distance of a pair: what is farthest from the farthest point. upper is the sum of the
   two largest radii about a centre that moves to the smallest enclosing ball (Badoiu & Clarkson
-  2003). A point with r + r_max < lower is in no farthest pair; if few others are left, they are
-  searched exactly.
+  2003). A point with r + r_max < lower is in no farthest pair; as soon as few others are left, they
+  are searched exactly.
 
   Args:
     budget: the largest number of products for the exact search.
@@ -64,15 +64,15 @@ def distance_bracket(
   centre, lower, upper = points.mean(0, dtype=np.float64), 0.0, np.inf
   for i in range(num_rounds):
     radii = _radii(points, centre)
+    left = radii + radii.max() >= lower
+    if float(left.sum()) ** 2 * points.shape[1] <= budget:
+      lower = upper = max(lower, largest_distance(points[left]))
+      break
+    upper = min(upper, float(np.partition(radii, -2)[-2:].sum()))
     farthest = points[radii.argmax()].astype(np.float64)
-    lower = max(lower, _radii(points, farthest).max())
-    if np.partition(radii, -2)[-2:].sum() < upper:
-      upper, closest = np.partition(radii, -2)[-2:].sum(), radii
+    lower = max(lower, float(_radii(points, farthest).max()))
     centre = centre + (farthest - centre) / (i + 2)
-  left = points[closest + closest.max() >= lower]
-  if float(len(left)) ** 2 * left.shape[1] <= budget:
-    lower = upper = max(lower, largest_distance(left))
-  return float(lower), float(max(lower, upper))
+  return lower, max(lower, upper)
 
 
 def median_distance(x: Float[Array, "n *d"], max_examples: int = 2000, seed: int = 0) -> float:

@@ -53,26 +53,21 @@ def start(config: ConfigDict, workdir: Path, *, train: bool) -> Job:
   workdir.
   """
   experiment = build(config)
-  if train:
-    settings.save(config, workdir)
-    params = training.train(
-      config,
-      experiment.sde,
-      experiment.model,
-      experiment.dataset,
-      experiment.mesh,
-      workdir,
-      preview=lambda step, params: _preview(
-        experiment, params, workdir / "samples" / f"step_{step:06d}.png"
-      ),
-    )
-    return Job(experiment, params, config.training.num_steps, workdir)
   with Checkpoints(workdir / "checkpoints", read_only=True) as checkpoints:
     step = checkpoints.latest()
-    mend = f"train first: python main.py --mode=train --workdir={workdir}"
-    check(step is not None, "--workdir", str(workdir), "a folder with a checkpoint", mend)
-    print(f"restored the EMA weights of step {step}", flush=True)
-    return Job(experiment, checkpoints.restore_ema(step, experiment.abstract_ema()), step, workdir)
+    if not train:
+      mend = f"train first: python main.py --mode=train --workdir={workdir}"
+      check(step is not None, "--workdir", str(workdir), "a folder with a checkpoint", mend)
+      print(f"restored the EMA weights of step {step}", flush=True)
+      params = checkpoints.restore_ema(step, experiment.abstract_ema())
+      return Job(experiment, params, step, workdir)
+  total, samples = config.training.num_steps, workdir / "samples"
+  legal, mend = f"{step} or more: so far {workdir} was trained", "choose another --workdir"
+  check((step or 0) <= total, "training.num_steps", total, legal, mend)
+  settings.save(config, workdir)
+  parts = experiment.sde, experiment.model, experiment.dataset, experiment.mesh
+  preview = lambda step, params: _preview(experiment, params, samples / f"step_{step:06d}.png")
+  return Job(experiment, training.train(config, *parts, workdir, preview), total, workdir)
 
 
 def _preview(experiment: Experiment, params: PyTree, path: Path) -> None:

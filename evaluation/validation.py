@@ -9,7 +9,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from scipy.integrate import solve_ivp
 
-from errors import ConfigError, RunError
+from errors import RunError, check
 from sampling import SPACINGS, time_grid
 from sde_lib import SDE, coefficients, log_snr, make_sde, marginal
 
@@ -39,12 +39,11 @@ def _check(name: str, value: float, limit: float, mend: str) -> Check:
 def _times(sde: SDE) -> tuple[np.ndarray, np.ndarray]:
   """Increasing times of [t_min, t_max] as float32 and what they stand for in float64.
 
-  NUM_TIMES even ones, crowded at both ends; the levels i / N of a discrete-time model, where its
+  NUM_TIMES even ones, crowded at both ends; the levels of a discrete-time model, where its
   tables have kinks.
   """
   if sde.times is not None:
-    rounded, levels = np.asarray(sde.times), np.arange(1, len(sde.times) + 1) / len(sde.times)
-    return rounded, levels if np.allclose(rounded, levels, atol=1e-6) else rounded.astype(float)
+    return np.float32(sde.times), np.float64(sde.times)
   u = np.concatenate([np.linspace(0, 1, NUM_TIMES // 2), np.geomspace(1e-9, 1, NUM_TIMES // 4)])
   u = np.sort(np.concatenate([u, 1 - np.geomspace(1e-6, 1, NUM_TIMES // 4)]))
   ends = np.float32([sde.t_min, sde.t_max])
@@ -126,10 +125,18 @@ def validate(
 
   Args:
     rebuild: makes the process once more, under float64: constants that its functions hold as JAX
-      arrays are float32 otherwise.
+      arrays are float32 otherwise, and JAX 0.10 mixes up the two precisions of a numpy table.
     sigma_data: std of the data, for the divergence of the prior.
     num_steps: steps of the time grids.
   """
+  mend = "pass rebuild, a function that makes the same process"
+  check(
+    rebuild is not None or sde.times is None,
+    "rebuild",
+    None,
+    "needed for a process with tables",
+    mend,
+  )
   times, exact_times = _times(sde)
   rounded = _evaluate(sde, times)
   with jax.enable_x64(True):
@@ -158,11 +165,11 @@ def validate(
 def report(checks: list[Check]) -> str:
   """The table, with what mends a check below it."""
   lines = [f"  {'':<6}{'check':<54}{'value':>11}{'limit':>11}"]
-  for check in checks:
-    state = "pass" if check.passed else "FAIL"
-    lines.append(f"  {state:<6}{check.name:<54}{check.value:>11.3g}{check.limit:>11.3g}")
-    if not check.passed:
-      lines.append(f"        mend: {check.mend}")
+  for row in checks:
+    state = "pass" if row.passed else "FAIL"
+    lines.append(f"  {state:<6}{row.name:<54}{row.value:>11.3g}{row.limit:>11.3g}")
+    if not row.passed:
+      lines.append(f"        mend: {row.mend}")
   return "\n".join(lines)
 
 
@@ -171,15 +178,14 @@ def run(config: ConfigDict) -> None:
   name, args = config.sde.name, dict(config.sde.args)
   make = lambda: make_sde(name, **args)
   sde = make()
-  if not sde.t_min < sde.t_max:
-    raise ConfigError(f"the process {name!r} has t_min {sde.t_min} not below t_max {sde.t_max}")
+  check(sde.t_min < sde.t_max, "sde.args.t_min", sde.t_min, f"a time below t_max, {sde.t_max}")
   sigma_data, num_steps = config.parameterization.sigma_data, config.sampling.num_steps
   checks = validate(sde, make, sigma_data=sigma_data, num_steps=num_steps)
   arguments = ", ".join(f"{k}={v}" for k, v in args.items())
   print(f"process {name}({arguments}), times {sde.t_min:g} to {sde.t_max:g},")
   print(f"data of std {sigma_data:g}, {num_steps} steps\n")
   print(report(checks), flush=True)
-  failed = [check.name for check in checks if not check.passed]
+  failed = [row.name for row in checks if not row.passed]
   if failed:
     raise RunError(f"{len(failed)} of {len(checks)} checks failed: {'; '.join(failed)}")
   print(f"\nall {len(checks)} checks passed")

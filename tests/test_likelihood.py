@@ -83,7 +83,7 @@ def test_mixture_log_prob_is_the_noised_density_at_t_min(batch):
 
 
 def test_likelihoods_do_not_depend_on_batch_mates(batch):
-  """Each example has its own steps; rounding may tip the acceptance of one of them (6 evaluations)."""
+  """Each example has its own steps; rounding may tip the acceptance of one (6 evaluations)."""
   keys, x, labels, result = batch
   alone = [exact_likelihood(*(a[i : i + 1] for a in (keys, x, labels))) for i in range(7)]
   log_prob, latent, nfe = (np.concatenate(values) for values in zip(*alone))

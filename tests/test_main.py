@@ -88,6 +88,14 @@ def test_bits_per_dim_do_not_depend_on_the_batch_size(run):
   assert (workdir / "results" / f"likelihood-step6-{digest}.json").is_file()
 
 
+def test_a_run_cannot_be_trained_to_fewer_steps_than_it_has(run):
+  config = (run[0] / "config.json").read_bytes()
+  code, output = call(f"--workdir={run[0]}", "--mode=train", "--config.training.num_steps=2")
+  assert code == 1 and "Traceback" not in output
+  assert "training.num_steps = 2" in output and "6 or more" in output
+  assert (run[0] / "config.json").read_bytes() == config
+
+
 @pytest.mark.parametrize(
   ("arguments", "words"),
   [

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 from scipy.spatial.distance import pdist
+from scipy.stats import norm
 from test_main import call
 from tiny import tiny_config
 
@@ -39,6 +40,15 @@ def test_the_ratio_solves_its_equation(overlap):
   for num_dims in (5, 3072):
     ratio = noise_levels.level_ratio(num_dims, overlap)
     np.testing.assert_allclose(noise_levels.level_overlap(ratio, num_dims), overlap, rtol=1e-10)
+
+
+def test_the_overlap_is_a_difference_of_two_normal_probabilities():
+  shift, ratio = np.sqrt(10) * 0.2, 1.2
+  expected = norm.cdf(shift + 3.6) - norm.cdf(shift - 3.6)
+  np.testing.assert_allclose(noise_levels.level_overlap(ratio, 5), expected, rtol=1e-14)
+  np.testing.assert_allclose(noise_levels.level_overlap(1.0, 5), 0.9973002, rtol=1e-7)
+  low = noise_levels.level_overlap(0.5, 5)  # the first probability counts below 1
+  np.testing.assert_allclose(low, norm.cdf(1.5 - 1.5811388) - norm.cdf(-3.0811388), rtol=1e-6)
 
 
 @sets
@@ -89,7 +99,8 @@ def clouds():
   sphere = normal.reshape(300, -1) / np.linalg.norm(normal.reshape(300, -1), axis=1)[:, None]
   shifted = normal + 1000  # far from the origin
   line = rng.normal(size=(299, 1)) * np.ones(3)
-  return {"normal": normal, "sphere": sphere, "shifted": shifted, "line": line}
+  lonely = normal + 30 * (np.arange(300) == 5)[:, None, None]
+  return {"normal": normal, "sphere": sphere, "shifted": shifted, "line": line, "lonely": lonely}
 
 
 @pytest.mark.parametrize("name", clouds())
@@ -99,6 +110,8 @@ def test_the_largest_distance_is_exact_and_bracketed(name):
   for block in (7, 300, 1024):
     np.testing.assert_allclose(noise_levels.largest_distance(x, block), exact, rtol=1e-12)
   np.testing.assert_allclose(noise_levels.distance_bracket(x), exact, rtol=1e-12)
+  some = 150**2 * x[0].size  # products for half of the points
+  np.testing.assert_allclose(noise_levels.distance_bracket(x, some)[0], exact, rtol=0.1)
   lower, upper = noise_levels.distance_bracket(x, budget=0)
   assert lower <= exact * (1 + 1e-12) and exact <= upper * (1 + 1e-12)
   assert 0.9 * exact < lower and upper < 1.6 * exact
@@ -119,8 +132,8 @@ def test_the_median_distance():
 
 
 def test_duplicates_are_counted():
-  images = np.arange(12, dtype=np.uint8).reshape(6, 2)[[0, 1, 0, 0, 2, 1]]
-  assert noise_levels.count_duplicates(images) == 3
+  images = np.arange(12, dtype=np.uint8).reshape(6, 2)[[0, 1, 0, 0, 0, 2, 1]]
+  assert noise_levels.count_duplicates(images) == 4
   assert noise_levels.count_duplicates(images, images[1:2]) == 2
 
 
@@ -159,7 +172,7 @@ def test_inspect_prints_what_numpy_finds(capsys):
 
   x = (load_digits().images[:1500].reshape(1500, 64) + 0.5) * 2 / 17 - 1
   text = printed(tiny_config(), capsys)
-  words = ["train 1,500, test 297", "(8, 8, 1)", "17 declared, 0 .. 16 seen", "0 within train"]
+  words = ["train 1,500, test 297", "(8, 8, 1)", "17 declared, 0 .. 16 seen", "  0 within train"]
   words += [f"mean {x.mean():.4f}, std {x.std():.4f}", f"min {x.min():.4f}, max {x.max():.4f}"]
   words += [f"largest {pdist(x).max():.4g} (exact)", f"median {np.median(pdist(x)):.4g}"]
   words += ["0: 151", f"sigma_data={np.sqrt(x.var() + (2 / 17) ** 2 / 12):.3g}\n", "agrees"]
@@ -172,7 +185,7 @@ def test_the_proposed_lines_can_be_used_as_they_are(capsys):
     lines = [line.strip() for line in printed(digits(process), capsys).splitlines()]
     flags = [line for line in lines if line.startswith("--config.")]
     settings.check_command_line(["main.py", f"--config=configs/digits.py:{process}", *flags])
-    assert any("sigma_max" in flag for flag in flags) == (process == "ve")
+    assert all(any(w in f for f in flags) == (process == "ve") for w in ("sigma_max", "step_lr"))
     for line in (line for line in lines if line.startswith("config.")):
       config = digits(process)
       exec(line, {"config": config})
