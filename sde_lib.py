@@ -229,11 +229,12 @@ def _tabulated(log_alphas: np.ndarray, log_sigmas: np.ndarray, prior_std: float)
 
   The tables are float64 and cast last.
   """
-  count = len(log_alphas)
-  levels = np.arange(1.0, count + 1)
-  # over levels, not times: differences of 1 / N would cost float32 its digits in the slope
-  tables = [lambda t, y=y: jnp.interp(count * t, levels, y) for y in (log_alphas, log_sigmas)]
-  return SDE(*tables, 1 / count, 1.0, prior_std, levels / count)
+  times = np.arange(1, len(log_alphas) + 1) / len(log_alphas)
+  tables = (
+    (lambda t: jnp.interp(t, times, log_alphas)),
+    (lambda t: jnp.interp(t, times, log_sigmas)),
+  )
+  return SDE(*tables, times[0], 1.0, prior_std, times)
 
 
 def _from_betas(betas: np.ndarray) -> SDE:
