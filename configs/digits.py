@@ -19,6 +19,36 @@ PROCESSES = {
 }
 
 
+# every sampler with its options, so that --config.sampling.sampler alone changes it
+SAMPLING = {
+  "sampler": "ancestral",
+  "options": {
+    "euler_maruyama": {},
+    "reverse_diffusion": {},
+    "ancestral": {"variance": "posterior"},
+    "ddim": {"eta": 0.0},
+    "edm": {"gamma": 0.0},
+    "dpm_solver": {"order": 2, "eta": 0.0},
+    "unipc": {},
+    "predictor_corrector": {
+      "predictor": "reverse_diffusion",
+      "corrector": "langevin",
+      "snr": 0.16,
+      "num_corrector_steps": 1,
+      "per_example": True,
+    },
+    "annealed_langevin": {"step_lr": 2e-5, "num_steps": 5},
+    "probability_flow": {"solver": "tsit5", "rtol": 1e-4, "atol": 1e-4, "max_steps": 1000},
+  },
+  "num_steps": 200,
+  "spacing": "log_snr",
+  "denoise": "mean",
+  "num_samples": 100,
+  "batch_size": 100,
+  "seed": 0,
+}
+
+
 def get_config(process: str = "vp") -> ConfigDict:
   """The configuration; `process` is a key of `PROCESSES`."""
   config = ConfigDict()
@@ -56,33 +86,7 @@ def get_config(process: str = "vp") -> ConfigDict:
     "checkpoint_every": 500,
     "keep_checkpoints": 2,
   }
-  config.sampling = {
-    "sampler": "ancestral",
-    "options": {
-      "euler_maruyama": {},
-      "reverse_diffusion": {},
-      "ancestral": {"variance": "posterior"},
-      "ddim": {"eta": 0.0},
-      "edm": {"gamma": 0.0},
-      "dpm_solver": {"order": 2, "eta": 0.0},
-      "unipc": {},
-      "predictor_corrector": {
-        "predictor": "reverse_diffusion",
-        "corrector": "langevin",
-        "snr": 0.16,
-        "num_corrector_steps": 1,
-        "per_example": True,
-      },
-      "annealed_langevin": {"step_lr": 2e-5, "num_steps": 5},
-      "probability_flow": {"solver": "tsit5", "rtol": 1e-4, "atol": 1e-4, "max_steps": 1000},
-    },
-    "num_steps": 200,
-    "spacing": "log_snr",
-    "denoise": "mean",
-    "num_samples": 100,
-    "batch_size": 100,
-    "seed": 0,
-  }
+  config.sampling = SAMPLING
   config.likelihood = {
     "split": "test",
     "divergence": "rademacher",

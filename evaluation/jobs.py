@@ -118,6 +118,11 @@ def _parts(total: int, size: int, unit: str) -> Iterator[tuple[np.ndarray, int]]
       bar.update(valid)
 
 
+def _keys(key: jax.Array, index: np.ndarray) -> jax.Array:
+  """The keys of the examples with these global indices, as `example_keys` makes them."""
+  return jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.asarray(index))
+
+
 def draw_samples(
   experiment: Experiment, params: PyTree, key, num_samples: int
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -126,9 +131,7 @@ def draw_samples(
   """
   size, xs, nfes = experiment.config.sampling.batch_size, [], []
   for index, valid in _parts(num_samples, size, "sampling"):
-    x, nfe = jax.device_get(
-      experiment.sampler(params, jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.asarray(index)))
-    )
+    x, nfe = jax.device_get(experiment.sampler(params, _keys(key, index)))
     xs.append(x[:valid])
     nfes.append(nfe[:valid])
   x = np.concatenate(xs)
@@ -191,7 +194,7 @@ def _likelihood_table(job: Job) -> dict[str, np.ndarray]:
   )
   key, tables = job.key("likelihood"), []
   for index, valid in _parts(len(images), options.batch_size, "likelihood"):
-    keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.asarray(index))
+    keys = _keys(key, index)
     x = transform.dequantize(fold_in(keys, 0), jnp.asarray(images[index]))
     result = experiment.likelihood(job.params, fold_in(keys, 1), x)
     bits = bits_per_dim(result.log_prob, experiment.num_dims, transform)
