@@ -22,6 +22,13 @@ class Model(nn.Module):
     conditional: whether the network is told about time.
     num_classes: 0 for an unconditional network; labels are 0 .. num_classes - 1, None means no
       class.
+    centered: the data are in [-1, 1]; False: in [0, 1], mapped to [-1, 1] here.
+    learned_variance: 2 c output channels, the second half about the variance (Nichol & Dhariwal
+      2021).
+    group_size: fewest channels in a normalisation group; 1 gives the 32 groups of the published
+      code also to networks of fewer than 128 channels.
+    dtype: of the computation; parameters and output are float32.
+    remat: compute the residual blocks again in the backward pass: less memory, more time.
   """
 
   nf: int = 128
@@ -33,6 +40,11 @@ class Model(nn.Module):
   resamp_with_conv: bool = True
   conditional: bool = True
   num_classes: int = 0
+  centered: bool = True
+  learned_variance: bool = False
+  group_size: int = 4
+  dtype: str = "float32"
+  remat: bool = False
 
   @nn.compact
   def __call__(
@@ -41,15 +53,18 @@ class Model(nn.Module):
     c_noise: Float[Array, " b"],
     labels: Int[Array, " b"] | None = None,
     train: bool = False,
-  ) -> Float[Array, "b h w c"]:
-    """Maps x [b, h, w, c] and the noise condition c_noise [b] to an output of the shape of x."""
+  ) -> Float[Array, "b h w f"]:
+    """Maps x [b, h, w, c] and the noise condition c_noise [b] to an output of the shape of x, or of
+    2 c channels for `learned_variance`.
+    """
     unet.check_size(x.shape[1:3], 2 ** (len(self.ch_mult) - 1))
     embedding = self._embedding(c_noise, labels)
-    h = unet.conv(self.nf)(x)
+    h = (x if self.centered else 2 * x - 1).astype(self.dtype)
+    h = unet.conv(self.nf, dtype=self.dtype)(h)
     skips = [h]
     for level, mult in enumerate(self.ch_mult):
       if level:
-        h = unet.Downsample(self.resamp_with_conv)(h)
+        h = unet.Downsample(self.resamp_with_conv, dtype=self.dtype)(h)
         skips.append(h)
       for _ in range(self.num_res_blocks):
         h = self._block(h, mult * self.nf, embedding, train)
@@ -68,28 +83,23 @@ class Model(nn.Module):
           attention=None if self.attn_every_block or last else False,
         )
       if level:
-        h = unet.Upsample(self.resamp_with_conv)(h)
-    return unet.conv(x.shape[-1], scale=0.0)(nn.swish(unet.group_norm(h.shape[-1])(h)))
+        h = unet.Upsample(self.resamp_with_conv, dtype=self.dtype)(h)
+    h = unet.group_norm(h.shape[-1], group_size=self.group_size, dtype=self.dtype)(h)
+    features = x.shape[-1] * (2 if self.learned_variance else 1)
+    h = unet.conv(features, scale=0.0, dtype=self.dtype)(nn.swish(h))
+    return h.astype(jnp.float32)
 
   def _embedding(self, c_noise, labels):
-    """[b, 4 nf] from the sinusoidal time embedding and, where the network has classes, the label's
-    vector.
-    """
+    """[b, 4 nf], None for a network blind to time."""
     if not self.conditional:
       return None
-    width = 4 * self.nf
-    embedding = unet.dense(width)(
-      nn.swish(unet.dense(width)(unet.sinusoidal_embedding(c_noise, self.nf)))
-    )
-    if self.num_classes:
-      table = nn.Embed(
-        self.num_classes + 1, width, embedding_init=unet.variance_scaling(), name="classes"
-      )
-      embedding += table(jnp.full(c_noise.shape, self.num_classes) if labels is None else labels)
-    return embedding
+    features = unet.sinusoidal_embedding(c_noise, self.nf)
+    return unet.noise_embedding(features, 4 * self.nf, self.num_classes, labels, self.dtype)
 
   def _block(self, h, features, embedding, train, attention: bool | None = None):
     """A residual block, then attention where asked for (None: at the resolutions that have it)."""
-    h = unet.ResnetBlock(features, self.dropout)(h, embedding, train)
+    options = {"group_size": self.group_size, "dtype": self.dtype}
+    block = unet.ResnetBlock(features, self.dropout, **options)
+    h = unet.call_block(block, h, embedding, train, remat=self.remat)
     wanted = h.shape[1] in self.attn_resolutions if attention is None else attention
-    return unet.AttentionBlock()(h) if wanted else h
+    return unet.AttentionBlock(**options)(h) if wanted else h

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from models.ddpm import Model
+from models.layers import unet
 
 TINY = {
   "nf": 8,
@@ -105,3 +106,48 @@ def test_dropout_acts_only_while_training():
   train = lambda seed: network(X, TIME, None, True, rngs={"dropout": jax.random.key(seed)})
   np.testing.assert_array_equal(network(X, TIME), network(X, TIME))
   assert differ(train(0), train(1)) == differ(train(0), network(X, TIME)) == [True] * 3
+
+
+def test_a_learned_variance_doubles_the_channels():
+  model = Model(**TINY, learned_variance=True)
+  out, _ = jax.eval_shape(model.init_with_output, jax.random.key(0), X, TIME)
+  assert out.shape == (3, 8, 8, 2)
+
+
+def test_data_that_are_not_centered_are_mapped():
+  out = perturbed(centered=False)((X + 1) / 2, TIME)
+  np.testing.assert_allclose(out, perturbed()(X, TIME), rtol=1e-3, atol=1e-4)
+
+
+def test_groups_of_one_channel_on_request():
+  """The published code always has 32 groups: of 32 channels each is one."""
+  groups = lambda **options: unet.group_norm(32, **options).num_groups
+  assert (groups(), groups(group_size=1)) == (8, 32)
+  assert differ(perturbed(group_size=1)(X, TIME), perturbed()(X, TIME)) == [True] * 3
+
+
+def test_low_precision_computes_close_and_stays_float32_outside():
+  low, exact = perturbed(dtype="bfloat16")(X, TIME), perturbed()(X, TIME)
+  assert low.dtype == jnp.float32
+  leaves = jax.tree.leaves(parameters(Model(**TINY, dtype="bfloat16"), X.shape))
+  assert {leaf.dtype for leaf in leaves} == {jnp.dtype("float32")}
+  assert 1e-4 < np.abs(low - exact).max() / np.abs(exact).max() < 0.1
+
+
+def test_recomputed_activations_change_nothing():
+  """Same names, same outputs, same gradients, dropout included."""
+  model, rngs = (
+    Model(**(TINY | {"ch_mult": (1,), "attn_resolutions": ()})),
+    {"dropout": jax.random.key(0)},
+  )
+  draw = lambda leaf: jnp.full(leaf.shape, 0.1, leaf.dtype)
+  params = jax.tree.map(draw, parameters(model, (3, 4, 4, 1)))
+
+  def value_and_gradient(remat):
+    apply = model.clone(remat=remat).apply
+    square = lambda p: (apply({"params": p}, X[:, :4, :4], TIME, None, True, rngs=rngs) ** 2).mean()
+    quick = {"xla_backend_optimization_level": "0"}
+    return jax.jit(jax.value_and_grad(square), compiler_options=quick)(params)
+
+  close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+  jax.tree.map(close, value_and_gradient(True), value_and_gradient(False))

@@ -1,9 +1,14 @@
 """Blocks shared by the U-Nets: time embedding, residual block, attention, resampling."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
+
+from models.layers import fir
+from models.layers.conv import Conv
 
 
 def variance_scaling(scale: float = 1.0):
@@ -12,27 +17,37 @@ def variance_scaling(scale: float = 1.0):
 
 
 def conv(
-  features: int, kernel: int = 3, *, stride: int = 1, scale: float = 1.0, name: str | None = None
-) -> nn.Conv:
+  features: int,
+  kernel: int = 3,
+  *,
+  stride: int = 1,
+  scale: float = 1.0,
+  padding: str = "SAME",
+  dtype: str | None = None,
+  name: str | None = None,
+) -> Conv:
   """Square convolution with the initialisation of Ho et al. 2020."""
-  return nn.Conv(
-    features, (kernel, kernel), (stride, stride), kernel_init=variance_scaling(scale), name=name
-  )
+  init = variance_scaling(scale)
+  size, strides = (kernel, kernel), (stride, stride)
+  return Conv(features, size, strides, padding, kernel_init=init, dtype=dtype, name=name)
 
 
-def dense(features: int, *, scale: float = 1.0, name: str | None = None) -> nn.Dense:
+def dense(
+  features: int, *, scale: float = 1.0, dtype: str | None = None, name: str | None = None
+) -> nn.Dense:
   """Linear map over the last axis with the initialisation of Ho et al. 2020."""
-  return nn.Dense(features, kernel_init=variance_scaling(scale), name=name)
+  return nn.Dense(features, kernel_init=variance_scaling(scale), dtype=dtype, name=name)
 
 
-def group_norm(channels: int, name: str | None = None) -> nn.GroupNorm:
-  """GroupNorm with as many groups as divide the channels, at most 32 and each of at least 4
-  channels.
+def group_norm(
+  channels: int, name: str | None = None, *, group_size: int = 4, dtype: str | None = None
+) -> nn.GroupNorm:
+  """GroupNorm with as many groups as divide the channels, at most 32 and each of at least
+  `group_size` channels.
   """
-  most = min(32, max(1, channels // 4))
-  return nn.GroupNorm(
-    next(groups for groups in range(most, 0, -1) if channels % groups == 0), name=name
-  )
+  most = min(32, max(1, channels // group_size))
+  groups = next(groups for groups in range(most, 0, -1) if channels % groups == 0)
+  return nn.GroupNorm(groups, dtype=dtype, name=name)
 
 
 def sinusoidal_embedding(
@@ -59,58 +74,144 @@ def check_size(size: tuple[int, ...], factor: int) -> None:
       )
 
 
+def noise_embedding(
+  features: Float[Array, "b f"],
+  width: int,
+  num_classes: int,
+  labels: Int[Array, " b"] | None,
+  dtype: str | None = None,
+) -> Float[Array, "b e"]:
+  """[b, width]: two linear maps of the features of time and, where the network has classes, the
+  label's vector; for use inside a compact method. Labels None: the class after the last.
+  """
+  embedding = dense(width, dtype=dtype)(features)
+  embedding = dense(width, dtype=dtype)(nn.swish(embedding))
+  if num_classes:
+    init = variance_scaling()
+    table = nn.Embed(num_classes + 1, width, dtype=dtype, embedding_init=init, name="classes")
+    embedding += table(jnp.full(len(features), num_classes) if labels is None else labels)
+  return embedding
+
+
+def call_block(block: nn.Module, h, embedding, train: bool, *, remat: bool = False):
+  """block(h, embedding, train); with `remat` its activations are computed again in the backward
+  pass instead of stored. Names of parameters are the same either way.
+  """
+  run = lambda block, h, embedding: block(h, embedding, train)
+  return (nn.remat(run) if remat else run)(block, h, embedding)
+
+
+def add(x: Float[Array, "*d"], h: Float[Array, "*d"], rescale: bool) -> Float[Array, "*d"]:
+  """x + h, divided by sqrt(2) with `rescale` (Song et al. 2021, appendix H.1)."""
+  return (x + h) * math.sqrt(0.5) if rescale else x + h
+
+
 class ResnetBlock(nn.Module):
   """Two normalised 3x3 convolutions with a time shift between them and a residual connection (Ho et
   al. 2020, appendix B).
+
+  Attributes:
+    skip_rescale: divide the sum by sqrt(2).
+    init_scale: of the last convolution.
+    group_size: fewest channels in a normalisation group.
+    dtype: of the computation; None follows the input.
   """
 
   features: int
   dropout: float = 0.0
+  skip_rescale: bool = False
+  init_scale: float = 0.0
+  group_size: int = 4
+  dtype: str | None = None
 
   @nn.compact
   def __call__(
     self, x: Float[Array, "b h w c"], embedding: Float[Array, "b e"] | None, train: bool
   ) -> Float[Array, "b h w f"]:
     """Returns [b, h, w, features]; `embedding` [b, e] or None for a network blind to time."""
-    h = conv(self.features)(nn.swish(group_norm(x.shape[-1])(x)))
+    norm = lambda h: group_norm(h.shape[-1], group_size=self.group_size, dtype=self.dtype)(h)
+    h = conv(self.features, dtype=self.dtype)(nn.swish(norm(x)))
     if embedding is not None:
-      h += dense(self.features)(nn.swish(embedding))[:, None, None, :]
-    h = nn.swish(group_norm(self.features)(h))
-    h = conv(self.features, scale=0.0)(nn.Dropout(self.dropout)(h, deterministic=not train))
-    return h + (x if x.shape[-1] == self.features else dense(self.features, name="shortcut")(x))
+      h += dense(self.features, dtype=self.dtype)(nn.swish(embedding))[:, None, None, :]
+    h = nn.Dropout(self.dropout)(nn.swish(norm(h)), deterministic=not train)
+    h = conv(self.features, scale=self.init_scale, dtype=self.dtype)(h)
+    if x.shape[-1] != self.features:
+      x = dense(self.features, dtype=self.dtype, name="shortcut")(x)
+    return add(x, h, self.skip_rescale)
 
 
 class AttentionBlock(nn.Module):
-  """Single-head self-attention over the pixels, residual (Ho et al. 2020, appendix B)."""
+  """Single-head self-attention over the pixels, residual (Ho et al. 2020, appendix B).
+
+  Attributes:
+    skip_rescale, group_size, dtype: as for `ResnetBlock`.
+    init_scale: of the output map.
+    qkv_scale: of the maps to query, key and value.
+  """
+
+  skip_rescale: bool = False
+  init_scale: float = 0.0
+  qkv_scale: float = 1.0
+  group_size: int = 4
+  dtype: str | None = None
 
   @nn.compact
   def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
     """Keeps the shape."""
     b, h, w, c = x.shape
-    pixels = group_norm(c)(x).reshape(b, h * w, 1, c)
-    query, key, value = (dense(c, name=n)(pixels) for n in ("query", "key", "value"))
+    pixels = group_norm(c, group_size=self.group_size, dtype=self.dtype)(x).reshape(b, h * w, 1, c)
+    query, key, value = (
+      dense(c, scale=self.qkv_scale, dtype=self.dtype, name=name)(pixels)
+      for name in ("query", "key", "value")
+    )
     out = jax.nn.dot_product_attention(query, key, value).reshape(b, h, w, c)
-    return x + dense(c, scale=0.0, name="out")(out)
+    out = dense(c, scale=self.init_scale, dtype=self.dtype, name="out")(out)
+    return add(x, out, self.skip_rescale)
 
 
 class Downsample(nn.Module):
-  """Halves height and width: stride-2 convolution, or 2x2 average pooling."""
+  """Halves height and width: stride-2 convolution, or 2x2 average pooling; with a filter before
+  it.
+
+  Attributes:
+    features: channels after the convolution, None keeps them.
+    fir_kernel: one axis of the anti-aliasing filter, None for no filter.
+  """
 
   with_conv: bool = True
+  features: int | None = None
+  fir_kernel: fir.Taps | None = None
+  dtype: str | None = None
 
   @nn.compact
-  def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c"]:
-    """[b, h, w, c] -> [b, h / 2, w / 2, c]."""
-    return conv(x.shape[-1], stride=2)(x) if self.with_conv else nn.avg_pool(x, (2, 2), (2, 2))
+  def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 f"]:
+    """[b, h, w, c] -> [b, h / 2, w / 2, features]."""
+    if not self.with_conv:
+      return fir.downsample(x, self.fir_kernel or (1, 1))
+    if self.fir_kernel:
+      x = fir.smooth(x, self.fir_kernel)
+    padding = "VALID" if self.fir_kernel else "SAME"
+    features = self.features or x.shape[-1]
+    return conv(features, stride=2, padding=padding, dtype=self.dtype)(x)
 
 
 class Upsample(nn.Module):
-  """Doubles height and width: nearest neighbour, then a convolution by option."""
+  """Doubles height and width: nearest neighbour or filtered, then a convolution by option.
+
+  Attributes: as for `Downsample`.
+  """
 
   with_conv: bool = True
+  features: int | None = None
+  fir_kernel: fir.Taps | None = None
+  dtype: str | None = None
 
   @nn.compact
-  def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c"]:
-    """[b, h, w, c] -> [b, 2 h, 2 w, c]."""
-    x = x.repeat(2, axis=1).repeat(2, axis=2)
-    return conv(x.shape[-1])(x) if self.with_conv else x
+  def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 f"]:
+    """[b, h, w, c] -> [b, 2 h, 2 w, features]."""
+    features = self.features or x.shape[-1]
+    filtered_conv = bool(self.with_conv and self.fir_kernel)
+    x = fir.upsample(x, self.fir_kernel or (1, 1), margin=int(filtered_conv))
+    if not self.with_conv:
+      return x
+    return conv(features, padding="VALID" if filtered_conv else "SAME", dtype=self.dtype)(x)
