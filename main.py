@@ -1,7 +1,7 @@
 """Trains a score model, samples from it, computes its exact likelihood, evaluates it.
 
 python main.py [--config=configs/x.py] [--workdir=runs/x]
-               [--mode=train|sample|likelihood|evaluate|run|inspect|validate]
+               [--mode=train|sample|likelihood|evaluate|run|inspect|validate|import]
                [--config.section.field=value ...]
 """
 
@@ -34,12 +34,13 @@ def run(mode: str, workdir: Path) -> None:
   if mode == "run" and len(results) == len(wanted):
     print(f"finished before at step {config.training.num_steps}")
   else:
-    results |= work(config, workdir, mode, [name for name in wanted if name not in results])
+    missing = [name for name in wanted if name not in results]
+    results |= work(config, workdir, mode, missing) or {}
   if results:
     print(records.summary(results, workdir))
 
 
-def work(config: ConfigDict, workdir: Path, mode: str, wanted: list[str]) -> dict:
+def work(config: ConfigDict, workdir: Path, mode: str, wanted: list[str]) -> dict | None:
   """Trains or restores, then does the wanted jobs: {job: record}; inspecting and validating need
   neither.
   """
@@ -48,11 +49,12 @@ def work(config: ConfigDict, workdir: Path, mode: str, wanted: list[str]) -> dic
   cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", "~/.cache/pakhsh/compiled")
   jax.config.update("jax_compilation_cache_dir", os.path.expanduser(cache))
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
-  from evaluation import inspection, jobs, validation
+  from evaluation import importing, inspection, jobs, validation
 
+  if mode == "import":
+    return importing.run(config, workdir)
   if mode in settings.UNTRAINED:
-    {"inspect": inspection.run, "validate": validation.run}[mode](config)
-    return {}
+    return {"inspect": inspection.run, "validate": validation.run}[mode](config)
   job = jobs.start(config, workdir, train=mode in ("train", "run"))
   return {name: jobs.JOBS[name](job) for name in wanted}
 

@@ -13,9 +13,10 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from configs import bases
 from errors import ConfigError, check, invalid
 
-UNTRAINED = ("inspect", "validate")  # modes that look at a configuration, trained or not
+UNTRAINED = ("inspect", "validate", "import")  # modes that need nothing trained before
 MODES = ("train", "sample", "likelihood", "evaluate", "run", *UNTRAINED)
 DEFAULT_CONFIG = "configs/digits.py"
 
@@ -25,6 +26,7 @@ FREE = (
   "sampling",
   "likelihood",
   "evaluation",
+  "import",
   "data.dir",
   "training.num_steps",
   "training.log_every",
@@ -46,8 +48,11 @@ def flatten(config: ConfigDict | dict, prefix: str = "") -> dict[str, Any]:
 def load_config_file(spec: str) -> ConfigDict:
   """`get_config(variant)` of "path.py" or "path.py:variant"."""
   path, _, variant = spec.partition(":")
-  names = ", ".join(sorted(str(p) for p in Path("configs").glob("*.py") if p.stem != "__init__"))
-  check(Path(path).is_file(), "--config", path, f"a configuration file, such as {names}")
+  files = (p for p in Path("configs").rglob("*.py") if "bases" not in p.parts)
+  names = sorted(str(p) for p in files if p.stem != "__init__")
+  close = ", ".join([DEFAULT_CONFIG, *difflib.get_close_matches(path, names, 2)])
+  legal = f"one of the {len(names)} files below configs/, such as {close}; or one of yours"
+  check(Path(path).is_file(), "--config", path, legal)
   module_spec = importlib.util.spec_from_file_location("_config", path)
   module = importlib.util.module_from_spec(module_spec)
   module_spec.loader.exec_module(module)
@@ -114,12 +119,14 @@ def _tuples(value):
 
 
 def read(workdir: Path) -> ConfigDict | None:
-  """The configuration saved in the workdir, None without one."""
+  """The configuration saved in the workdir, None without one; fields that are newer than it have
+  their defaults.
+  """
   path = workdir / "config.json"
   if not path.is_file():
     return None
   try:
-    return ConfigDict(_tuples(json.loads(path.read_text())))
+    return bases.config(_tuples(json.loads(path.read_text()))).unlock()
   except ValueError as error:
     raise ConfigError(
       f"{path} is not readable JSON ({error}); restore it or choose another --workdir"
