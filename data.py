@@ -10,6 +10,7 @@ import dataclasses
 import io
 import os
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import grain
 import jax
@@ -17,8 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 import tensorflow_datasets as tfds
 from jaxtyping import Array, Float, Integer
+from ml_collections import ConfigDict
 
-from errors import invalid, lookup
+from errors import check, invalid, lookup
 from sde_lib import Keys, example_keys
 
 Batch = dict[str, np.ndarray]
@@ -56,6 +58,17 @@ class Transform:
     )
 
 
+class Spec(NamedTuple):
+  """What a data set declares, known without loading it. Height and width 0: the images are resized
+  to `data.image_size`.
+  """
+
+  shape: tuple[int, int, int]
+  levels: int = 256
+  num_classes: int = 0
+  splits: tuple[str, ...] = ("train", "test")
+
+
 @dataclasses.dataclass(frozen=True)
 class DataSet:
   """Splits held in memory (name -> {"image": uint8 [n, h, w, c], "label": [n]}) and what they
@@ -82,12 +95,12 @@ class Digits(tfds.core.GeneratorBasedBuilder):
   """
 
   VERSION = tfds.core.Version("1.0.0")
-  LEVELS = 17
+  SPEC = Spec((8, 8, 1), levels=17, num_classes=10)
 
   def _info(self) -> tfds.core.DatasetInfo:
     features = {
-      "image": tfds.features.Tensor(shape=(8, 8, 1), dtype=np.uint8),
-      "label": tfds.features.ClassLabel(num_classes=10),
+      "image": tfds.features.Tensor(shape=self.SPEC.shape, dtype=np.uint8),
+      "label": tfds.features.ClassLabel(num_classes=self.SPEC.num_classes),
     }
     return tfds.core.DatasetInfo(
       builder=self, description=self.__doc__, features=tfds.features.FeaturesDict(features)
@@ -111,20 +124,58 @@ class Digits(tfds.core.GeneratorBasedBuilder):
 BUILDERS = {"digits": Digits}
 
 
-def transform_of(name: str) -> Transform:
-  """The transform that the data set `name` declares."""
-  return Transform(lookup(BUILDERS, name, "data.name").LEVELS)
+RESIZED = (0, 0, 3)
+HELD_OUT = ("train", "validation")
+
+# name: what is known of it; only those in `BUILDERS` can be loaded
+DECLARED = {name: builder.SPEC for name, builder in BUILDERS.items()} | {
+  "tfds:mnist": Spec((28, 28, 1), num_classes=10),
+  "tfds:cifar10": Spec((32, 32, 3), num_classes=10),
+  "tfds:celeb_a": Spec(RESIZED, splits=("train", "validation", "test")),
+  "tfds:celeb_a_hq/256": Spec((256, 256, 3), splits=("train",)),
+  "tfds:celeb_a_hq/1024": Spec((1024, 1024, 3), splits=("train",)),
+  "tfds:lsun/bedroom": Spec(RESIZED, splits=HELD_OUT),
+  "tfds:lsun/church_outdoor": Spec(RESIZED, splits=HELD_OUT),
+  "tfds:lsun/tower": Spec(RESIZED, splits=HELD_OUT),
+  "tfds:downsampled_imagenet/64x64": Spec((64, 64, 3), splits=HELD_OUT),
+  "tfds:imagenet2012": Spec(RESIZED, num_classes=1000, splits=HELD_OUT),
+  "ffhq": Spec(RESIZED, splits=("train",)),
+  "afhqv2": Spec(RESIZED),
+}
 
 
-def load(name: str, data_dir: str) -> DataSet:
-  """Reads the data set `name` from `data_dir`, preparing it there (array_record, no TensorFlow) the
-  first time.
+def declared(settings: ConfigDict) -> Spec:
+  """What the data set of `config.data` declares, its images of the size that they are resized
+  to.
   """
-  builder_class = lookup(BUILDERS, name, "data.name")
-  data_dir = os.path.abspath(os.path.expanduser(data_dir))
+  spec, size = lookup(DECLARED, settings.name, "data.name"), settings.image_size
+  if spec.shape[0]:
+    legal = f"0: the images of {settings.name!r} are not resized"
+    check(size in (0, spec.shape[0]), "data.image_size", size, legal)
+    return spec
+  legal = f"a size in pixels: the images of {settings.name!r} are resized"
+  check(size > 0, "data.image_size", size, legal)
+  return spec._replace(shape=(size, size, spec.shape[2]))
+
+
+def transform_of(name: str, centered: bool = True) -> Transform:
+  """The transform of the data set `name`, to [-1, 1], or to [0, 1] unless `centered`."""
+  return Transform(lookup(DECLARED, name, "data.name").levels, low=-1.0 if centered else 0.0)
+
+
+def load(settings: ConfigDict) -> DataSet:
+  """Reads the data set of `config.data`, preparing it in `data.dir` (array_record, no TensorFlow)
+  the first time.
+  """
+  name, spec = settings.name, declared(settings)
+  if name not in BUILDERS:
+    loadable = f"{', '.join(map(repr, sorted(BUILDERS)))}: the others are declared only"
+    mend = "add a builder that reads your copy to data.BUILDERS; --mode=inspect needs no data"
+    raise invalid("data.name", name, loadable, mend)
+  data_dir = os.path.abspath(os.path.expanduser(settings.dir))
   try:
     os.makedirs(data_dir, exist_ok=True)
-    builder = builder_class(data_dir=data_dir, file_format="array_record")
+    builder = BUILDERS[name](data_dir=data_dir, file_format="array_record")
     with contextlib.redirect_stdout(io.StringIO()):
       tfds.disable_progress_bar()
       builder.download_and_prepare()
@@ -133,7 +184,7 @@ def load(name: str, data_dir: str) -> DataSet:
     raise invalid("data.dir", data_dir, legal, "set --config.data.dir to another") from error
   sources = tfds.data_source(builder.name, data_dir=data_dir, download=False)
   splits = {split: _in_memory(source) for split, source in sources.items()}
-  return DataSet(name, splits, transform_of(name), builder.info.features["label"].num_classes)
+  return DataSet(name, splits, transform_of(name, settings.centered), spec.num_classes)
 
 
 def batches(split: Batch, batch_size: int, seed: int, start: int = 0) -> Iterator[Batch]:

@@ -7,6 +7,7 @@ import inspect
 import math
 import pkgutil
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,10 +24,28 @@ from dynamics import SOLVERS
 from errors import ConfigError, check, invalid, lookup
 from likelihood import DIVERGENCES, LogLikelihood, log_likelihood
 from parameterization import C_NOISE, OUTPUTS, NoiseFn, make_noise_fn, make_score_fn
-from sampling import SAMPLERS, SPACINGS, sample, sample_ode, sample_trajectory, time_grid
-from sde_lib import SDE, SDES, Keys, make_sde
+from sampling import (
+  INITS,
+  SAMPLERS,
+  SDE_SOLVERS,
+  SPACINGS,
+  sample,
+  sample_ode,
+  sample_sde,
+  sample_trajectory,
+  time_grid,
+)
+from sde_lib import SDE, SDES, Keys, fold_in, make_sde
 
-ODE_SAMPLER = "probability_flow"
+# name: (diffrax solve, its solvers); of these only "reverse_sde" takes the steps of the time grid
+SOLVES = {
+  "probability_flow": (sample_ode, SOLVERS),
+  "reverse_sde": (sample_sde, SDE_SOLVERS),
+  "adaptive_reverse_sde": (sample_sde, SDE_SOLVERS),
+}
+
+# name: `sample`'s denoise
+DENOISE = {"mean": "mean", "tweedie": "tweedie", "none": None}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,8 +57,22 @@ class Experiment:
   config: ConfigDict
   sde: SDE
   model: nn.Module
-  dataset: data.DataSet
+  spec: data.Spec
   mesh: Mesh
+
+  @functools.cached_property
+  def dataset(self) -> data.DataSet:
+    """The data, read when first asked for: sampling needs none."""
+    return data.load(self.config.data)
+
+  @property
+  def transform(self) -> data.Transform:
+    """Between the stored values and the network's."""
+    return data.transform_of(self.config.data.name, self.config.data.centered)
+
+  def labels(self, labels: Array) -> Array | None:
+    """Of examples, where the network has classes."""
+    return labels if getattr(self.model, "num_classes", 0) else None
 
   def noise_fn(self, params: PyTree) -> NoiseFn:
     """The network as a noise prediction, in evaluation mode."""
@@ -48,12 +81,12 @@ class Experiment:
   @property
   def num_dims(self) -> int:
     """D, the number of values of an example."""
-    return math.prod(self.dataset.shape)
+    return math.prod(self.spec.shape)
 
   def abstract_ema(self) -> PyTree:
     """Shapes and shardings of the EMA parameters: the target of a restore."""
     optimizer = training.make_optimizer(self.config)
-    return training.abstract_state(self.model, optimizer, self.dataset.shape, self.mesh).ema_params
+    return training.abstract_state(self.model, optimizer, self.spec.shape, self.mesh).ema_params
 
   def _over_devices(self, function: Callable, num_batched: int) -> Callable:
     """Jits function(params, *batched), each device with its part of the leading axis of `batched`,
@@ -70,10 +103,36 @@ class Experiment:
 
     return jax.jit(call)
 
-  def _step_and_times(self):
+  @property
+  def times(self) -> Array:
+    """The grid of the sampler, without the part that is skipped; Langevin steps are at the end of
+    each interval, so that their first one is empty.
+    """
+    settings = self.config.sampling
+    grid = time_grid(self.sde, settings.num_steps, settings.spacing)
+    grid = grid[round(settings.skip * settings.num_steps) :]
+    return jnp.concatenate([grid[:1], grid]) if settings.sampler == "annealed_langevin" else grid
+
+  def random_labels(self, keys: Keys) -> Array | None:
+    """A class for each example to be drawn, where the network has classes."""
+    draw = lambda key: jax.random.randint(key, (), 0, max(1, self.spec.num_classes))
+    return self.labels(jax.vmap(draw)(fold_in(keys, 2**31 - 1)))
+
+  def _run(self) -> dict:
+    """The sampler that scans a step over the grid."""
     settings = self.config.sampling
     step = SAMPLERS[settings.sampler](self.sde, **settings.options[settings.sampler])
-    return step, time_grid(self.sde, settings.num_steps, settings.spacing)
+    return {"step": step, "times": self.times, "init": settings.init}
+
+  def _solve(self) -> dict:
+    """The options of a diffrax solve."""
+    settings = self.config.sampling
+    options = {**settings.options[settings.sampler], "init": settings.init}
+    if settings.sampler == "probability_flow":
+      options["t_start"] = self.times[0]
+    if settings.sampler == "reverse_sde":
+      options |= {"num_steps": settings.num_steps, "spacing": settings.spacing}
+    return options
 
   @functools.cached_property
   def sampler(self) -> Callable[[PyTree, Keys], tuple[Array, Array]]:
@@ -81,41 +140,43 @@ class Experiment:
     settings, sde = self.config.sampling, self.sde
 
     def draw(params, keys):
-      shape, noise_fn = (len(keys), *self.dataset.shape), self.noise_fn(params)
-      if settings.sampler == ODE_SAMPLER:
-        score_fn = make_score_fn(sde, noise_fn)
-        x, nfe = sample_ode(keys, sde, score_fn, shape, **settings.options[ODE_SAMPLER])
+      shape, noise_fn = (len(keys), *self.spec.shape), self.noise_fn(params)
+      given = {"labels": self.random_labels(keys)}
+      if settings.sampler in SOLVES:
+        solve = SOLVES[settings.sampler][0]
+        x, nfe = solve(keys, sde, make_score_fn(sde, noise_fn), shape, **given, **self._solve())
       else:
-        step, times = self._step_and_times()
-        grid = {"step": step, "times": times, "denoise": settings.denoise}
-        x, nfe = sample(keys, sde, noise_fn, shape, **grid)
+        denoise = DENOISE[settings.denoise]
+        x, nfe = sample(keys, sde, noise_fn, shape, denoise=denoise, **given, **self._run())
       return x, jnp.full(shape[0], nfe)
 
     return self._over_devices(draw, 1)
 
   @functools.cached_property
   def trajectory(self) -> Callable[[PyTree, Keys], Array]:
-    """(params, one key per example) -> every state of the sampler [num_steps + 1, b, *d]."""
+    """(params, one key per example) -> every state of the sampler [len(times), b, *d]."""
 
     @jax.jit
     def draw(params, keys):
-      step, times = self._step_and_times()
-      shape = (keys.shape[0], *self.dataset.shape)
-      return sample_trajectory(keys, self.sde, self.noise_fn(params), shape, step=step, times=times)
+      shape = (keys.shape[0], *self.spec.shape)
+      given = {"labels": self.random_labels(keys), **self._run()}
+      return sample_trajectory(keys, self.sde, self.noise_fn(params), shape, **given)
 
     return draw
 
   @functools.cached_property
-  def likelihood(self) -> Callable[[PyTree, Keys, Array], LogLikelihood]:
-    """(params, one key per example, x [b, *d]) -> the exact log-likelihood of each example."""
+  def likelihood(self) -> Callable[[PyTree, Keys, Array, Array], LogLikelihood]:
+    """(params, one key per example, x [b, *d], labels [b]) -> the exact log-likelihood of each
+    example, given its label where the network has classes.
+    """
     names = ("divergence", "num_probes", "solver", "rtol", "atol", "max_steps")
     options = {name: self.config.likelihood[name] for name in names}
 
-    def evaluate(params, keys, x):
-      score_fn = make_score_fn(self.sde, self.noise_fn(params))
-      return log_likelihood(keys, self.sde, score_fn, x, **options)
+    def evaluate(params, keys, x, labels):
+      score_fn, given = make_score_fn(self.sde, self.noise_fn(params)), self.labels(labels)
+      return log_likelihood(keys, self.sde, score_fn, x, labels=given, **options)
 
-    return self._over_devices(evaluate, 2)
+    return self._over_devices(evaluate, 3)
 
 
 def _make_model(config: ConfigDict) -> nn.Module:
@@ -136,7 +197,7 @@ def _check_arguments(section: str, args: ConfigDict, function: Callable, mend: s
 
 
 # defaults that are no matter of configuration: of linen modules, of samplers
-NOT_OPTIONS = ("parent", "name", "labels", "first_index")
+NOT_OPTIONS = ("parent", "name", "labels", "first_index", "init", "t_start")
 
 # (table, field): every name that a configuration chooses
 NAMES = (
@@ -146,13 +207,14 @@ NAMES = (
   (losses.WEIGHTINGS, "loss.weighting"),
   (losses.TIME_SAMPLERS, "loss.time_sampler"),
   (training.SCHEDULES, "optimizer.schedule"),
-  (SAMPLERS | {ODE_SAMPLER: sample_ode}, "sampling.sampler"),
+  (SAMPLERS | SOLVES, "sampling.sampler"),
+  (INITS, "sampling.init"),
   (SPACINGS, "sampling.spacing"),
-  ({"mean": None, "tweedie": None}, "sampling.denoise"),
+  (DENOISE, "sampling.denoise"),
   (DIVERGENCES, "likelihood.divergence"),
   (SOLVERS, "likelihood.solver"),
 )
-MAY_BE_ZERO = ("seed", "warmup_steps", "beta1", "beta2")
+MAY_BE_ZERO = ("seed", "skip", "warmup_steps", "beta1", "beta2", "half_life_images")
 
 
 def _check_values(config: ConfigDict, num_devices: int) -> None:
@@ -175,34 +237,92 @@ def _check_values(config: ConfigDict, num_devices: int) -> None:
 
 
 def _check_sampler(config: ConfigDict, sde: SDE) -> None:
-  """The options of the chosen sampler."""
-  name = config.sampling.sampler
-  options = lookup(dict(config.sampling.options), name, "sampling.options")
+  """The options of the chosen sampler, and that it can run with the process."""
+  settings = config.sampling
+  name, skip = settings.sampler, settings.skip
+  options = lookup(dict(settings.options), name, "sampling.options")
   section = f"sampling.options.{name}"
-  if name == ODE_SAMPLER:
-    _check_arguments(section, options, sample_ode)
-    lookup(SOLVERS, options.get("solver", "tsit5"), f"{section}.solver")
-  else:
+  check(0 <= skip < 1, "sampling.skip", skip, "a share from 0 up, below 1")
+  time_grid(sde, settings.num_steps, settings.spacing)
+  if name not in SOLVES:
     _check_arguments(section, options, SAMPLERS[name])
     SAMPLERS[name](sde, **options)
+    return
+  function, solvers = SOLVES[name]
+  _check_arguments(section, options, function)
+  solver = options.get("solver", "heun")
+  lookup(solvers, solver, f"{section}.solver")
+  if function is sample_sde:
+    check(not skip, "sampling.skip", skip, f"0 with {name}", "take another sampler")
+    check("num_steps" not in options, f"{section}.num_steps", "set", "sampling.num_steps")
+  if name == "adaptive_reverse_sde":
+    legal = ", ".join(key for key, row in SDE_SOLVERS.items() if row[2])
+    check(SDE_SOLVERS[solver][2], f"{section}.solver", solver, legal, "or sampler reverse_sde")
 
 
-def build(config: ConfigDict) -> Experiment:
-  """The objects of a run; a `ConfigError` tells what cannot work before anything compiles."""
+def _check_model(model: nn.Module, centered: bool, num_classes: int) -> None:
+  """The network's range and classes are those of the data."""
+  expected, classes = getattr(model, "centered", centered), getattr(model, "num_classes", 0)
+  check(expected == centered, "model.args.centered", expected, f"{centered}, as data.centered")
+  legal = f"0, or the {num_classes} classes of the data"
+  check(classes in (0, num_classes), "model.args.num_classes", classes, legal)
+
+
+def _check_output(config: ConfigDict, found: tuple[int, ...], shape: tuple[int, ...]) -> None:
+  """A network predicts values of the shape of an example, and with a variance twice as many."""
+  double = (*shape[:-1], 2 * shape[-1])
+  if found not in (shape, double):
+    raise ConfigError(f"model {config.model.name!r} maps images of {shape} to {found}")
+  options = config.sampling.options.get(config.sampling.sampler, {})
+  if options.get("variance") == "learned" and found != double:
+    field, legal = "sampling.options.ancestral.variance", "posterior, beta"
+    mend = "take a network that predicts the variance: model.args.learned_variance=True"
+    raise invalid(field, "learned", f"{legal}: the network predicts no variance", mend)
+
+
+@dataclasses.dataclass(frozen=True)
+class Outline:
+  """The validated parts of a run that need no data."""
+
+  sde: SDE
+  model: nn.Module
+  spec: data.Spec
+
+
+@functools.lru_cache(maxsize=64)
+def abstract_init(model: nn.Module, shape: tuple[int, ...]) -> tuple[Any, PyTree]:
+  """Shapes of the output for one image and of the parameters, nothing computed."""
+  x, t = jnp.zeros((1, *shape)), jnp.ones(1)
+  out, variables = jax.eval_shape(lambda: model.init_with_output(jax.random.key(0), x, t))
+  return out, variables["params"]
+
+
+def outline(config: ConfigDict) -> Outline:
+  """Checks everything that can be checked without data; a `ConfigError` tells what cannot work
+  before anything compiles.
+  """
   _check_values(config, jax.device_count())
   variants = "each process has its own sde.args: choose a variant, --config=<file>:<process>"
   _check_arguments("sde.args", config.sde.args, SDES[config.sde.name], variants)
   sde = make_sde(config.sde.name, **config.sde.args)
   _check_sampler(config, sde)
-  if config.parameterization.c_noise == "index" and sde.times is None:
-    others = ", ".join(sorted(C_NOISE.keys() - {"index"}))
-    raise invalid("parameterization.c_noise", "index", f"{others}: {config.sde.name!r} has no grid")
-  model = _make_model(config.model)
-  dataset = data.load(config.data.name, config.data.dir)
+  c_noise, tabled = config.parameterization.c_noise, {"index", "index_from_noise"}
+  if c_noise in tabled and sde.times is None:
+    others = ", ".join(sorted(C_NOISE.keys() - tabled))
+    raise invalid("parameterization.c_noise", c_noise, f"{others}: {config.sde.name!r} has no grid")
+  model, spec = _make_model(config.model), data.declared(config.data)
   for section in ("likelihood", "evaluation"):
-    lookup(dataset.splits, config[section].split, f"{section}.split")
+    lookup(dict.fromkeys(spec.splits), config[section].split, f"{section}.split")
+  _check_model(model, config.data.centered, spec.num_classes)
   try:
-    jax.eval_shape(lambda: training.init_params(model, dataset.shape, 0))
+    out, _ = abstract_init(model, spec.shape)
   except (ValueError, TypeError, ZeroDivisionError) as error:
-    raise ConfigError(f"model.args do not fit images of shape {dataset.shape}: {error}") from error
-  return Experiment(config, sde, model, dataset, training.data_mesh())
+    raise ConfigError(f"model.args do not fit images of shape {spec.shape}: {error}") from error
+  _check_output(config, out.shape[1:], spec.shape)
+  return Outline(sde, model, spec)
+
+
+def build(config: ConfigDict) -> Experiment:
+  """The objects of a run, checked as by `outline`."""
+  parts = outline(config)
+  return Experiment(config, parts.sde, parts.model, parts.spec, training.data_mesh())

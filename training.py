@@ -112,7 +112,7 @@ def make_loss(sde: SDE, model: nn.Module, config: ml_collections.ConfigDict) -> 
 
   The part starts at position `first` of `total`; `key` is the step's, the same on all devices.
   """
-  transform = data.transform_of(config.data.name)
+  transform = data.transform_of(config.data.name, config.data.centered)
   weighting = lookup(losses.WEIGHTINGS, config.loss.weighting, "loss.weighting")
   quantile = lookup(losses.TIME_SAMPLERS, config.loss.time_sampler, "loss.time_sampler")
 
@@ -129,7 +129,8 @@ def make_loss(sde: SDE, model: nn.Module, config: ml_collections.ConfigDict) -> 
     times = losses.stratified(quantile, jax.random.fold_in(key, 1), first + jnp.arange(b), total)
     rngs = {"dropout": jax.random.fold_in(jax.random.fold_in(key, 2), first)}
     noise_fn = make_noise_fn(sde, model, params, train=True, rngs=rngs, **config.parameterization)
-    draw = {"weighting": weighting, "time_sampler": times}
+    labels = batch["label"] if getattr(model, "num_classes", 0) else None
+    draw = {"weighting": weighting, "time_sampler": times, "labels": labels}
     return losses.denoising_loss(fold_in(keys, 1), sde, noise_fn, x0, **draw).mean() / x0[0].size
 
   return loss_fn

@@ -1,6 +1,6 @@
-"""`--mode=inspect`: what the data are like, and the settings that follow from it.
+"""`--mode=inspect`: what the data are like, the settings that follow from it, and the network.
 
-Works from the data set alone and writes nothing.
+Needs no trained run and writes nothing; of data that cannot be loaded it tells what is declared.
 """
 
 import dataclasses
@@ -13,6 +13,8 @@ from ml_collections import ConfigDict
 import data
 import noise_levels
 import settings
+from evaluation import network
+from experiment import outline
 
 TOLERANCE = 0.2  # relative difference above which the present configuration is warned about
 LANGEVIN = "sampling.options.annealed_langevin"
@@ -142,8 +144,19 @@ def _table(dataset: data.DataSet, s: Statistics) -> list[tuple[str, str]]:
 
 
 def run(config: ConfigDict) -> None:
+  """Prints what is known of the data and of the network."""
+  parts = outline(config)
+  if config.data.name in data.BUILDERS:
+    _print_data(config)
+  else:
+    why = "add a builder that reads your copy to data.BUILDERS for its statistics"
+    print(f"data set {config.data.name!r}, {parts.spec.shape}, cannot be loaded yet: {why}")
+  print(f"\n{network.report(parts.model, parts.spec.shape, config)}")
+
+
+def _print_data(config: ConfigDict) -> None:
   """Prints the statistics, the lines that set what they propose, and where `config` disagrees."""
-  dataset = data.load(config.data.name, config.data.dir)
+  dataset = data.load(config.data)
   statistics = measure(dataset, config.training.dequantize)
   fields = propose(statistics, config)
   flags, lines = config_lines(fields, config)

@@ -21,14 +21,13 @@ from tqdm import tqdm
 import settings
 import training
 from checkpoint import Checkpoints
-from errors import RunError, check
+from errors import ConfigError, RunError, check
 from evaluation import figures
 from evaluation.denoising import gaussian_predictor_loss, loss_per_level
 from evaluation.mixture import mixture_log_prob
 from evaluation.records import SECTIONS, result_path
-from experiment import ODE_SAMPLER, Experiment, build
+from experiment import SOLVES, Experiment, build
 from likelihood import bits_per_dim
-from sampling import time_grid
 from sde_lib import example_keys, fold_in, log_snr, perturb, time_of_log_snr
 
 PACKAGES = ("jax", "flax", "optax", "diffrax", "orbax-checkpoint", "numpy")
@@ -61,11 +60,11 @@ def start(config: ConfigDict, workdir: Path, *, train: bool) -> Job:
       print(f"restored the EMA weights of step {step}", flush=True)
       params = checkpoints.restore_ema(step, experiment.abstract_ema())
       return Job(experiment, params, step, workdir)
-  total, samples = config.training.num_steps, workdir / "samples"
+  dataset, total, samples = experiment.dataset, config.training.num_steps, workdir / "samples"
   legal, mend = f"{step} or more: so far {workdir} was trained", "choose another --workdir"
   check((step or 0) <= total, "training.num_steps", total, legal, mend)
   settings.save(config, workdir)
-  parts = experiment.sde, experiment.model, experiment.dataset, experiment.mesh
+  parts = experiment.sde, experiment.model, dataset, experiment.mesh
   preview = lambda step, params: _preview(experiment, params, samples / f"step_{step:06d}.png")
   return Job(experiment, training.train(config, *parts, workdir, preview), total, workdir)
 
@@ -76,7 +75,7 @@ def _preview(experiment: Experiment, params: PyTree, path: Path) -> None:
     jax.random.key(experiment.config.sampling.seed), experiment.config.sampling.batch_size
   )
   x, _ = experiment.sampler(params, keys)
-  figures.save_grid(path, np.asarray(x), experiment.dataset.transform)
+  figures.save_grid(path, np.asarray(x), experiment.transform)
 
 
 def _write(job: Job, mode: str, seconds: float, result: dict[str, Any]) -> dict[str, Any]:
@@ -150,12 +149,15 @@ def run_sample(job: Job) -> dict[str, Any]:
   begin = time.perf_counter()
   x, nfe = draw_samples(experiment, job.params, job.key("sampling"), options.num_samples)
   seconds = time.perf_counter() - begin
-  transform, results = experiment.dataset.transform, job.workdir / "results"
+  transform, results = experiment.transform, job.workdir / "results"
   figures.save_grid(results / "samples.png", x, transform)
   values = np.asarray(transform.inverse(jnp.asarray(x)), np.uint8)
   np.savez_compressed(results / "samples.npz", image=values)
-  if options.sampler != ODE_SAMPLER:
-    _process_figure(job, results / "process.png")
+  if options.sampler not in SOLVES:
+    try:
+      _process_figure(job, results / "process.png")
+    except ConfigError as error:
+      print(f"no process.png, the data cannot be read:\n{error}", flush=True)
   result = {
     "sampler": options.sampler,
     "num_samples": options.num_samples,
@@ -170,17 +172,18 @@ def run_sample(job: Job) -> dict[str, Any]:
 def _process_figure(job: Job, path: Path, num_images: int = 6, num_frames: int = 11) -> None:
   """Forward noising of test images and reverse generation of samples, at the same noise levels."""
   experiment = job.experiment
-  sde, dataset, options = experiment.sde, experiment.dataset, experiment.config.sampling
+  sde, split = experiment.sde, experiment.config.evaluation.split
+  images = experiment.dataset.splits[split]["image"][:num_images]
   frames = np.asarray(
     experiment.trajectory(job.params, example_keys(job.key("sampling"), num_images))
   )
-  times = np.asarray(time_grid(sde, options.num_steps, options.spacing))
+  times = np.asarray(experiment.times)
   position = np.linspace(0, len(times) - 1, num_frames).round().astype(int)
   log_snrs = np.asarray(log_snr(sde, jnp.asarray(times[position])))[::-1]
-  x0 = dataset.transform.forward(jnp.asarray(dataset.splits["test"]["image"][:num_images]))
+  x0 = experiment.transform.forward(jnp.asarray(images))
   noise = jax.random.normal(job.key("sampling"), x0.shape)
   forward = np.stack([perturb(sde, x0, noise, float(t)) for t in times[position][::-1]])
-  figures.save_process(path, forward, frames[position], log_snrs, dataset.transform)
+  figures.save_process(path, forward, frames[position], log_snrs, experiment.transform)
 
 
 def _likelihood_table(job: Job) -> dict[str, np.ndarray]:
@@ -188,15 +191,14 @@ def _likelihood_table(job: Job) -> dict[str, np.ndarray]:
   x.
   """
   experiment, options = job.experiment, job.experiment.config.likelihood
-  transform, images = (
-    experiment.dataset.transform,
-    experiment.dataset.splits[options.split]["image"],
-  )
+  transform, split = experiment.transform, experiment.dataset.splits[options.split]
+  images = split["image"]
   key, tables = job.key("likelihood"), []
   for index, valid in _parts(len(images), options.batch_size, "likelihood"):
     keys = _keys(key, index)
     x = transform.dequantize(fold_in(keys, 0), jnp.asarray(images[index]))
-    result = experiment.likelihood(job.params, fold_in(keys, 1), x)
+    labels = jnp.asarray(split["label"][index])
+    result = experiment.likelihood(job.params, fold_in(keys, 1), x, labels)
     bits = bits_per_dim(result.log_prob, experiment.num_dims, transform)
     table = {"index": index, "bits_per_dim": bits, "nfe": result.nfe, "x": x}
     tables.append({name: np.asarray(column)[:valid] for name, column in table.items()})
@@ -246,10 +248,7 @@ def run_likelihood(job: Job) -> dict[str, Any]:
 
 def _baseline(job: Job, test: np.ndarray) -> np.ndarray:
   """Bits/dim of the Gaussian mixture on the same dequantized test values."""
-  transform, train = (
-    job.experiment.dataset.transform,
-    job.experiment.dataset.splits["train"]["image"],
-  )
+  transform, train = job.experiment.transform, job.experiment.dataset.splits["train"]["image"]
   dequantized = transform.dequantize(fold_in(job.key("likelihood"), len(train)), jnp.asarray(train))
   log_prob = mixture_log_prob(np.asarray(dequantized), test)
   return np.asarray(bits_per_dim(log_prob, job.experiment.num_dims, transform), np.float64)
@@ -269,12 +268,13 @@ def run_evaluate(job: Job) -> dict[str, Any]:
   times = time_of_log_snr(sde, log_snrs)
 
   @jax.jit
-  def levels(params, k):
+  def levels(params, k, labels):
     x0, noise_fn = dataset.transform.dequantize(fold_in(key, 0), k), experiment.noise_fn(params)
-    return loss_per_level(fold_in(key, 1), sde, noise_fn, x0, times, options.num_draws)
+    given = lambda x, t, _: noise_fn(x, t, experiment.labels(labels))
+    return loss_per_level(fold_in(key, 1), sde, given, x0, times, options.num_draws)
 
-  images = jnp.asarray(dataset.splits[options.split]["image"])
-  losses = np.asarray(levels(job.params, images), np.float64)
+  split = jax.device_put(dataset.splits[options.split])
+  losses = np.asarray(levels(job.params, split["image"], split["label"]), np.float64)
   train = dataset.transform.dequantize(
     fold_in(key, 2), jnp.asarray(dataset.splits["train"]["image"])
   )

@@ -8,16 +8,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from sklearn.datasets import load_digits
+from tiny import tiny_config
 
 import data
 from errors import ConfigError
 
-DIR = "runs/data"
+
+def chosen(name, **changes):
+  """`config.data` for the data set `name`."""
+  return tiny_config(data__name=name, **{f"data__{k}": v for k, v in changes.items()}).data
 
 
 @pytest.fixture(scope="module")
 def digits():
-  return data.load("digits", DIR)
+  return data.load(chosen("digits"))
 
 
 def test_digits_are_those_of_scikit_learn_split_at_1500(digits):
@@ -76,12 +80,54 @@ def test_hosts_share_each_batch_without_overlap(monkeypatch):
 def test_a_data_folder_that_cannot_be_written_is_named(tmp_path):
   (tmp_path / "file").write_text("")
   with pytest.raises(ConfigError, match=r"data.dir = .*file/below"):
-    data.load("digits", str(tmp_path / "file" / "below"))
+    data.load(chosen("digits", dir=str(tmp_path / "file" / "below")))
 
 
 def test_an_unknown_data_set_lists_the_known_ones():
-  with pytest.raises(ConfigError, match="'digits'"):
-    data.load("mnist", DIR)
+  with pytest.raises(ConfigError, match=r"'digits'.*'tfds:cifar10'"):
+    data.load(chosen("mnist"))
+
+
+def test_a_data_set_without_a_builder_says_which_can_be_loaded():
+  with pytest.raises(
+    ConfigError, match=r"'tfds:cifar10' is not usable.\n  legal: 'digits': .*only"
+  ):
+    data.load(chosen("tfds:cifar10"))
+
+
+def test_what_is_declared_is_what_is_loaded(digits):
+  spec = data.declared(chosen("digits"))
+  assert (spec.shape, spec.num_classes, set(spec.splits)) == (
+    digits.shape,
+    digits.num_classes,
+    set(digits.splits),
+  )
+  assert data.transform_of("digits") == digits.transform == data.Transform(17)
+
+
+@pytest.mark.parametrize(
+  "name, size, shape",
+  [
+    ("tfds:cifar10", 0, (32, 32, 3)),
+    ("tfds:cifar10", 32, (32, 32, 3)),
+    ("tfds:cifar10", 16, None),
+    ("digits", 16, None),
+    ("tfds:celeb_a", 64, (64, 64, 3)),
+    ("tfds:celeb_a", 0, None),
+  ],
+)
+def test_images_have_the_declared_size_unless_they_are_resized(name, size, shape):
+  if shape:
+    assert data.declared(chosen(name, image_size=size)).shape == shape
+    return
+  with pytest.raises(ConfigError, match=f"data.image_size = {size}"):
+    data.declared(chosen(name, image_size=size))
+
+
+def test_data_that_are_not_centered_are_in_0_to_1():
+  transform = data.load(chosen("digits", centered=False)).transform
+  x = transform.forward(jnp.arange(17)[None])
+  np.testing.assert_allclose(x, (jnp.arange(17) + 0.5)[None] / 17)
 
 
 @pytest.mark.parametrize("levels", [2, 17, 256])

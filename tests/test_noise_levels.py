@@ -213,7 +213,7 @@ def test_inspect_proposes_every_level_setting_that_the_configuration_has(capsys)
 
 
 def test_few_dimensions_have_no_levels():
-  statistics = inspection.measure(inspection.data.load("digits", "runs/data"), True)
+  statistics = inspection.measure(inspection.data.load(tiny_config().data), True)
   small = inspection.dataclasses.replace(statistics, num_dims=4)
   assert set(inspection.propose(small, tiny_config())) == {
     "parameterization.sigma_data",

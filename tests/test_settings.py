@@ -71,12 +71,31 @@ def test_right_arguments_pass():
     ({"likelihood__solver": "x"}, ["likelihood.solver", "'tsit5'"]),
     ({"likelihood__split": "dev"}, ["likelihood.split", "'test'"]),
     ({"data__name": "cifar"}, ["data.name", "'digits'"]),
+    ({"data__image_size": 16}, ["data.image_size", "16", "not resized"]),
+    ({"data__centered": False}, ["model.args.centered = True", "False, as data.centered"]),
+    ({"model__args": {"num_classes": 3}}, ["model.args.num_classes", "3", "the 10 classes"]),
   ],
 )
 def test_a_configuration_that_cannot_work_is_refused_before_anything_compiles(changes, words):
   with pytest.raises(ConfigError) as error:
     build(tiny_config(**changes))
   assert all(word in str(error.value) for word in words), str(error.value)
+
+
+def test_data_that_cannot_be_loaded_are_refused_last():
+  with pytest.raises(ConfigError, match="'tfds:cifar10' is not usable"):
+    _ = build(settings.load_config_file("configs/ddpm/cifar10.py")).dataset
+
+
+@pytest.mark.parametrize("sampler, repeated", [("annealed_langevin", 1), ("ancestral", 0)])
+def test_langevin_dynamics_visit_the_largest_level_too(sampler, repeated):
+  times = build(tiny_config(sampling__sampler=sampler)).times
+  assert len(times) == 5 + repeated and (times[0] == times[1]) == repeated
+
+
+@pytest.mark.parametrize("denoise", ["mean", "tweedie", "none"])
+def test_every_way_to_denoise_builds(denoise):
+  build(tiny_config(sampling__denoise=denoise))
 
 
 @pytest.mark.parametrize("process", ["vp", "sub_vp", "ve"])

@@ -1,0 +1,16 @@
+r"""NCSN++ on CelebA-HQ at 256 px under the VE SDE.
+
+Published: samples without a figure
+Source:    score_sde, configs/ve/celebahq_256_ncsnpp_continuous.py
+Command:   python main.py --config=configs/ve/celebahq_256_ncsnpp_continuous.py \
+             --workdir=runs/ve_celebahq_256_ncsnpp_continuous
+"""
+
+from ml_collections import ConfigDict
+
+from configs.bases import datasets, score_sde
+
+
+def get_config() -> ConfigDict:
+  """The settings of the run."""
+  return score_sde.ve_256(datasets.CELEBA_HQ_256, sigma_max=348.0)

@@ -1,0 +1,16 @@
+r"""NCSN++ on LSUN church at 256 px under the VE SDE.
+
+Published: samples without a figure
+Source:    score_sde, configs/ve/church_ncsnpp_continuous.py
+Command:   python main.py --config=configs/ve/church_ncsnpp_continuous.py \
+             --workdir=runs/ve_church_ncsnpp_continuous
+"""
+
+from ml_collections import ConfigDict
+
+from configs.bases import datasets, score_sde
+
+
+def get_config() -> ConfigDict:
+  """The settings of the run."""
+  return score_sde.ve_256(datasets.lsun("church_outdoor"), sigma_max=380.0)

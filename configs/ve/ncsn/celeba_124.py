@@ -1,0 +1,15 @@
+"""NCSN on CelebA at 64 px with techniques 1, 2 and 4 of Song & Ermon 2020, the noise levels.
+
+Published: no figure
+Source:    score_sde, configs/ve/ncsn/celeba_124.py
+Command:   python main.py --config=configs/ve/ncsn/celeba_124.py --workdir=runs/ve_ncsn_celeba_124
+"""
+
+from ml_collections import ConfigDict
+
+from configs.bases import datasets, score_sde
+
+
+def get_config() -> ConfigDict:
+  """The settings of the run."""
+  return score_sde.ncsn(datasets.celeba(), score_sde.CELEBA_LEVELS)

@@ -1,0 +1,15 @@
+"""DDPM on CelebA-HQ at 256 px.
+
+Published: no figure
+Source:    score_sde, configs/vp/ddpm/celebahq.py
+Command:   python main.py --config=configs/vp/ddpm/celebahq.py --workdir=runs/vp_ddpm_celebahq
+"""
+
+from ml_collections import ConfigDict
+
+from configs.bases import datasets, score_sde
+
+
+def get_config() -> ConfigDict:
+  """The settings of the run."""
+  return score_sde.vp_256(datasets.CELEBA_HQ_256)
