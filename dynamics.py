@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
 from errors import lookup
 from parameterization import ScoreFn
-from sde_lib import SDE, coefficients
+from sde_lib import SDE, coefficients, marginal
 
 VectorField = Callable  # (t, state, args) -> d state / dt
 
@@ -27,39 +27,69 @@ SOLVERS = {
 }
 
 
-def probability_flow(sde: SDE, score_fn: ScoreFn) -> VectorField:
+def _scaling(sde: SDE, t, exponential: bool):
+  """(c, f, g^2) at t such that y = x / c follows dy = [f y - g^2 / c score(c y)] dt + g / c dw:
+  c = 1, or in the exponential form c = alpha, for which f = 0.
+  """
+  f, g_squared = coefficients(sde, t)
+  return (marginal(sde, t)[0], jnp.zeros_like(f), g_squared) if exponential else (1.0, f, g_squared)
+
+
+def probability_flow(sde: SDE, score_fn: ScoreFn, *, exponential: bool = False) -> VectorField:
   """dx/dt = f x - g^2 / 2 score (Song et al. 2021, eq. 13); `args` are the labels handed to
   `score_fn`.
+
+  Args:
+    exponential: the state is y = x / alpha, whose flow has no linear part.
   """
 
-  def field(t, x, args):
-    f, g_squared = coefficients(sde, t)
-    return f * x - 0.5 * g_squared * score_fn(x, t, args)
+  def field(t, y, args):
+    scale, f, g_squared = _scaling(sde, t, exponential)
+    return f * y - 0.5 * g_squared / scale * score_fn(scale * y, t, args)
 
   return field
 
 
 def reverse_sde(
-  sde: SDE, score_fn: ScoreFn, key: Key[Array, ""], shape: tuple[int, ...]
+  sde: SDE,
+  score_fn: ScoreFn,
+  key: Key[Array, ""],
+  shape: tuple[int, ...],
+  *,
+  exponential: bool = False,
+  refinable: bool = False,
 ) -> diffrax.AbstractTerm:
   """dx = [f x - g^2 score] dt + g dw backwards (Song et al. 2021, eq. 6) as terms in s = t_max - t,
   from 0 upwards.
 
   diffrax's stochastic Runge-Kutta solvers are wrong for decreasing time, so time runs forward here.
-  The Brownian path needs constant steps and `ForwardMode` or `DirectAdjoint`; `args` are the
-  labels.
+  Needs the adjoint `ForwardMode` or `DirectAdjoint`; `args` are the labels.
+
+  Args:
+    exponential: the state is y = x / alpha, whose drift has no linear part.
+    refinable: a Brownian path that `key` alone fixes, however it is cut into steps: for adaptive
+      steps and to compare step sizes. Else its increments are drawn anew for each cut, which is
+      much faster.
   """
 
-  def drift(s, x, args):
-    f, g_squared = coefficients(sde, sde.t_max - s)
-    return g_squared * score_fn(x, sde.t_max - s, args) - f * x
+  def drift(s, y, args):
+    scale, f, g_squared = _scaling(sde, sde.t_max - s, exponential)
+    return g_squared / scale * score_fn(scale * y, sde.t_max - s, args) - f * y
 
-  def diffusion(s, x, _):
-    g = jnp.sqrt(coefficients(sde, sde.t_max - s)[1])
-    return lineax.DiagonalLinearOperator(jnp.broadcast_to(g, x.shape))
+  def diffusion(s, y, _):
+    scale, _, g_squared = _scaling(sde, sde.t_max - s, exponential)
+    return lineax.DiagonalLinearOperator(jnp.broadcast_to(jnp.sqrt(g_squared) / scale, y.shape))
 
-  path = diffrax.UnsafeBrownianPath(shape, key, levy_area=diffrax.SpaceTimeLevyArea)
+  area, length = diffrax.SpaceTimeLevyArea, sde.t_max - sde.t_min
+  path = diffrax.UnsafeBrownianPath(shape, key, levy_area=area)
+  if refinable:
+    path = diffrax.VirtualBrownianTree(0.0, length, finest_step(sde), shape, key, levy_area=area)
   return diffrax.MultiTerm(diffrax.ODETerm(drift), diffrax.ControlTerm(diffusion, path))
+
+
+def finest_step(sde: SDE) -> float:
+  """Length below which a refinable Brownian path is interpolated: no step may be shorter."""
+  return (sde.t_max - sde.t_min) / 2**14
 
 
 def with_log_density(field: VectorField, probe: Float[Array, "k *d"] | None) -> VectorField:

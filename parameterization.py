@@ -47,6 +47,7 @@ def nearest_level(sde: SDE, t: Float[Array, " b"]) -> Float[Array, " b"]:
 C_NOISE = {
   "t999": lambda sde, t: 999 * t / sde.t_max,
   "index": nearest_level,
+  "index_from_noise": lambda sde, t: len(sde.times) - 1 - nearest_level(sde, t),
   "log_sigma": lambda sde, t: jnp.log(marginal(sde, t)[1]),
   "log_sigma4": lambda sde, t: -log_snr(sde, t) / 8,
   "log_snr": log_snr,
@@ -68,6 +69,10 @@ def make_noise_fn(
   """The noise prediction (x [b, *d], t scalar or [b], labels [b] or None) -> noise_hat [b, *d] of a
   network.
 
+  A network with twice the channels of x predicts the variance of the reverse step too (Nichol &
+  Dhariwal 2021, eq. 15): `noise_fn.with_variance`, of the same arguments, returns (noise_hat, v),
+  v = 0 for the variance of q(x_s | x_t, x_0) and 1 for that of q(x_t | x_s); None without it.
+
   Args:
     model: linen module called as `model.apply({"params": params}, x, c_noise, labels, train)`.
     output: what the network predicts, a name in `OUTPUTS`.
@@ -79,13 +84,18 @@ def make_noise_fn(
     lookup(C_NOISE, c_noise, "parameterization.c_noise"),
   )
 
-  def noise_fn(x: Float[Array, "b *d"], t: Time, labels=None) -> Float[Array, "b *d"]:
+  def with_variance(x: Float[Array, "b *d"], t: Time, labels=None):
     t = jnp.broadcast_to(jnp.asarray(t, x.dtype), x.shape[:1])
     c_in, c_skip, c_out = (expand(c, x) for c in coefficients(*marginal(sde, t), sigma_data))
-    return c_skip * x + c_out * model.apply(
-      {"params": params}, c_in * x, tell(sde, t), labels, train, rngs=rngs
-    )
+    out = model.apply({"params": params}, c_in * x, tell(sde, t), labels, train, rngs=rngs)
+    channels = x.shape[-1]
+    noise = c_skip * x + c_out * out[..., :channels]
+    return noise, 0.5 * (1 + out[..., channels:]) if out.shape[-1] == 2 * channels else None
 
+  def noise_fn(x, t, labels=None):
+    return with_variance(x, t, labels)[0]
+
+  noise_fn.with_variance = with_variance
   return noise_fn
 
 

@@ -10,14 +10,16 @@ from typing import Any, NamedTuple
 import diffrax
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
-from dynamics import probability_flow, reverse_sde, solve
+from dynamics import finest_step, probability_flow, reverse_sde, solve
 from errors import check, invalid, lookup
 from parameterization import NoiseFn, ScoreFn, data_from_noise, score_from_noise
 from sde_lib import (
   SDE,
   Keys,
+  Time,
   coefficients,
   example_keys,
   fold_in,
@@ -43,43 +45,61 @@ class State(NamedTuple):
 Step = Callable  # (key, noise_fn, state, t, s) -> state
 
 
-def euler_maruyama(sde: SDE) -> Step:
+def _noised(key, mean, std) -> State:
+  """The end of a stochastic step."""
+  return State(mean + std * normal(key, mean.shape), mean)
+
+
+def euler_maruyama(sde: SDE, temperature: float = 1.0) -> Step:
   """One Euler-Maruyama step of the reverse SDE (Song et al. 2021, eq. 6), of the grid's own length
   t - s.
+
+  Args:
+    temperature: here and below, factor on the std of the noise that a step adds.
   """
 
   def step(key, noise_fn, state, t, s):
     f, g_squared = coefficients(sde, t)
     score = score_from_noise(sde, noise_fn(state.x, t), t)
     mean = state.x - (t - s) * (f * state.x - g_squared * score)
-    return State(mean + jnp.sqrt((t - s) * g_squared) * normal(key, mean.shape), mean)
+    return _noised(key, mean, temperature * jnp.sqrt((t - s) * g_squared))
 
   return step
 
 
-def ancestral(sde: SDE, variance: str = "posterior") -> Step:
+# name: (noise_fn, x, t) -> (noise_hat, v): the variance is sigma_t^2v / sigma_s^2v times that of
+# q(x_s | x_t, x_0)
+VARIANCES = {
+  "posterior": lambda noise_fn, x, t: (noise_fn(x, t), 0.0),
+  "beta": lambda noise_fn, x, t: (noise_fn(x, t), 1.0),
+  "learned": lambda noise_fn, x, t: noise_fn.with_variance(x, t),
+}
+
+
+def ancestral(
+  sde: SDE, variance: str = "posterior", clip: bool = False, temperature: float = 1.0
+) -> Step:
   """Ancestral sampling (Ho et al. 2020, algorithm 2; Song et al. 2021, eq. 4 and 47) for any
   process.
 
   Args:
     variance: "posterior" is that of q(x_s | x_t, x_0), exact for data at a point; "beta" that of
-      q(x_t | x_s), exact for standard normal data under VP.
+      q(x_t | x_s), exact for standard normal data under VP; "learned" is between them where the
+      network says (Nichol & Dhariwal 2021, eq. 15).
+    clip: keep the predicted data in [-1, 1], as the code of both papers does.
   """
-  scale = lookup(
-    {"posterior": lambda t, s: 1.0, "beta": lambda t, s: marginal(sde, t)[1] / marginal(sde, s)[1]},
-    variance,
-    "variance",
-  )
+  predict = lookup(VARIANCES, variance, "variance")
 
   def step(key, noise_fn, state, t, s):
-    data = data_from_noise(sde, state.x, noise_fn(state.x, t), t)
-    mean, std = posterior(sde, state.x, data, t, s)
-    return State(mean + scale(t, s) * std * normal(key, mean.shape), mean)
+    noise, v = predict(noise_fn, state.x, t)
+    data = data_from_noise(sde, state.x, noise, t)
+    mean, std = posterior(sde, state.x, jnp.clip(data, -1, 1) if clip else data, t, s)
+    return _noised(key, mean, temperature * std * (marginal(sde, t)[1] / marginal(sde, s)[1]) ** v)
 
   return step
 
 
-def reverse_diffusion(sde: SDE) -> Step:
+def reverse_diffusion(sde: SDE, temperature: float = 1.0) -> Step:
   """The reverse of the discretised forward chain (Song et al. 2021, appendix E, eq. 46).
 
   With x_t = a x_s + G z, a = alpha_t / alpha_s, G^2 = sigma_t^2 - a^2 sigma_s^2:
@@ -91,12 +111,12 @@ def reverse_diffusion(sde: SDE) -> Step:
     variance = -(marginal(sde, t)[1] ** 2) * jnp.expm1(log_snr(sde, t) - log_snr(sde, s))
     score = score_from_noise(sde, noise_fn(state.x, t), t)
     mean = (2 - keep) * state.x + variance * score
-    return State(mean + jnp.sqrt(variance) * normal(key, mean.shape), mean)
+    return _noised(key, mean, temperature * jnp.sqrt(variance))
 
   return step
 
 
-def ddim(sde: SDE, eta: float = 0.0) -> Step:
+def ddim(sde: SDE, eta: float = 0.0, temperature: float = 1.0) -> Step:
   """DDIM (Song, Meng & Ermon 2021, eq. 12): eta 0 is deterministic, 1 is `ancestral`."""
 
   def step(key, noise_fn, state, t, s):
@@ -105,7 +125,7 @@ def ddim(sde: SDE, eta: float = 0.0) -> Step:
     alpha, sigma = marginal(sde, s)
     std = eta * posterior(sde, state.x, data, t, s)[1]
     mean = alpha * data + jnp.sqrt(sigma**2 - std**2) * noise
-    return State(mean + std * normal(key, mean.shape) if eta else mean, mean)
+    return _noised(key, mean, temperature * std) if eta else State(mean, mean)
 
   return step
 
@@ -184,7 +204,7 @@ def _slope(data: Array, past: Past | None, length: Array) -> Array:
   return ratio * (data - past.data)
 
 
-def dpm_solver(sde: SDE, order: int = 2, eta: float = 0.0) -> Step:
+def dpm_solver(sde: SDE, order: int = 2, eta: float = 0.0, temperature: float = 1.0) -> Step:
   """DPM-Solver++(2M) and its SDE form (Lu et al. 2022, eq. 14-19): one evaluation a step.
 
   Exponential Adams-Bashforth in log-SNR on the data prediction, the linear part solved exactly. The
@@ -205,7 +225,7 @@ def dpm_solver(sde: SDE, order: int = 2, eta: float = 0.0) -> Step:
     mean = sigma / before * jnp.exp(-(eta**2) * length) * state.x
     mean = mean + alpha * (level * data + rise * change)
     std = sigma * jnp.sqrt(-jnp.expm1(-2 * eta**2 * length))
-    x = mean + std * normal(key, mean.shape) if eta else mean
+    x = _noised(key, mean, temperature * std).x if eta else mean
     return State(x, mean, Past(data, length))
 
   return step
@@ -257,9 +277,14 @@ def unipc(sde: SDE) -> Step:
 
 
 def langevin_step(
-  key: Keys, score: Array, x: Array, size: Array | float, convention: str = "report"
-) -> tuple[Array, Array]:
-  """(x, its noise-free part) after one Langevin step from `score` at x.
+  key: Keys,
+  score: Array,
+  x: Array,
+  size: Array | float,
+  convention: str = "report",
+  temperature: float = 1.0,
+) -> State:
+  """x and its noise-free part after one Langevin step from `score` at x.
 
   Args:
     size: step size, a scalar or of the rank of x.
@@ -267,8 +292,7 @@ def langevin_step(
       x + size score + sqrt(2 size) z (their code, and Song et al. 2021, algorithms 4 and 5).
   """
   size = size * lookup({"report": 1.0, "code": 2.0}, convention, "convention")
-  mean = x + 0.5 * size * score
-  return mean + jnp.sqrt(size) * normal(key, x.shape), mean
+  return _noised(key, x + 0.5 * size * score, temperature * jnp.sqrt(size))
 
 
 def langevin(
@@ -286,26 +310,29 @@ def langevin(
   keys = example_keys(key, x.shape[0])
 
   def body(i, x):
-    return langevin_step(fold_in(keys, i), score_fn(x), x, step_size, convention)[0]
+    return langevin_step(fold_in(keys, i), score_fn(x), x, step_size, convention).x
 
   return jax.lax.fori_loop(0, num_steps, body, x)
 
 
-def annealed_langevin(sde: SDE, step_lr: float = 2e-5, num_steps: int = 100) -> Step:
+def annealed_langevin(
+  sde: SDE, step_lr: float = 2e-5, num_steps: int = 100, temperature: float = 1.0
+) -> Step:
   """Annealed Langevin dynamics (Song & Ermon 2019, algorithm 1, "code" convention): at level s.
 
   The step size is step_lr sigma(s)^2 / sigma_min^2. To start at the largest level repeat the first
-  time of the grid; NCSNv2's last denoising is denoise="tweedie".
+  time of the grid; NCSNv2's last denoising is denoise="tweedie", both papers start with
+  init="uniform".
   """
 
   def step(key, noise_fn, state, t, s):
     size = step_lr * (marginal(sde, s)[1] / marginal(sde, sde.t_min)[1]) ** 2
 
-    def body(i, pair):
-      score = score_from_noise(sde, noise_fn(pair[0], s), s)
-      return langevin_step(fold_in(key, i), score, pair[0], size, "code")
+    def body(i, state):
+      score = score_from_noise(sde, noise_fn(state.x, s), s)
+      return langevin_step(fold_in(key, i), score, state.x, size, "code", temperature)
 
-    return State(*_repeat(body, num_steps, (state.x, state.mean), noise_fn))
+    return _repeat(body, num_steps, state, noise_fn)
 
   return step
 
@@ -326,6 +353,7 @@ def predictor_corrector(
   snr: float = 0.16,
   num_corrector_steps: int = 1,
   per_example: bool = False,
+  temperature: float = 1.0,
 ) -> Step:
   """A predictor step to s, then Langevin steps there (Song et al. 2021, algorithms 1-5), any
   process.
@@ -336,7 +364,7 @@ def predictor_corrector(
     snr: the signal-to-noise ratio of the corrector.
     per_example: norms of each example; else their means over the batch, as published.
   """
-  predict = lookup(PREDICTORS, predictor, "predictor")(sde)
+  predict = lookup(PREDICTORS, predictor, "predictor")(sde, temperature=temperature)
 
   def norm(x):
     norms = jnp.sqrt((x**2).reshape(len(x), -1).sum(1))
@@ -355,19 +383,19 @@ def predictor_corrector(
     for i in range(1, num_corrector_steps + 1):
       score, keys = score_from_noise(sde, noise_fn(state.x, s), s), fold_in(key, i)
       size = size_of(normal(keys, state.x.shape), score, s)
-      state = State(*langevin_step(keys, score, state.x, size, "code"))
+      state = langevin_step(keys, score, state.x, size, "code", temperature)
     return state
 
   return step
 
 
-# name: sde -> Step without memory
+# name: (sde, temperature) -> Step without memory
 PREDICTORS = {
   "euler_maruyama": euler_maruyama,
   "reverse_diffusion": reverse_diffusion,
   "ancestral": ancestral,
   "ddim": ddim,
-  "none": lambda sde: lambda key, noise_fn, state, t, s: state,
+  "none": lambda sde, temperature: lambda key, noise_fn, state, t, s: state,
 }
 
 # name: (sde, **options) -> Step
@@ -430,13 +458,48 @@ class _Counted:
     self.calls += 1
     return self.noise_fn(x, t, self.labels)
 
+  def with_variance(self, x, t):
+    self.calls += 1
+    both = getattr(self.noise_fn, "with_variance", lambda *_: (None, None))(x, t, self.labels)
+    legal = ", ".join(sorted(VARIANCES.keys() - {"learned"})) + ": the network predicts no variance"
+    check(both[1] is not None, "variance", "learned", legal)
+    return both
+
+
+def _uniform(low: float) -> Callable:
+  draw = lambda key, shape: jax.random.uniform(key, shape, minval=low)
+  return lambda keys, sde, shape: jax.vmap(lambda key: draw(key, shape[1:]))(keys)
+
+
+# name: (keys, sde, shape) -> x at t_max; the uniform ones on [-1, 1] and [0, 1]
+INITS = {"prior": sample_prior, "uniform": _uniform(-1.0), "unit_uniform": _uniform(0.0)}
+Init = str | Float[Array, "b *d"]
+
+
+def _start(keys: Keys, sde: SDE, shape: tuple[int, ...], init: Init, t: Time) -> Array:
+  """x at time t: `init` itself, or a draw of that name, scaled by sigma(t) / sigma(t_max)."""
+  if not isinstance(init, str):
+    return init
+  draw = lookup(INITS, init, "init")(fold_in(keys, 0), sde, shape)
+  return draw * (marginal(sde, t)[1] / marginal(sde, sde.t_max)[1])
+
+
+def _check_grid(sde: SDE, times: Array) -> None:
+  """Times that are known before the compile must not increase, nor leave [t_min, t_max]."""
+  if isinstance(times, jax.core.Tracer):
+    return
+  grid, (low, high) = np.asarray(times), np.float32([sde.t_min, sde.t_max])
+  legal = f"2 or more times that do not increase, from {low:g} to {high:g}"
+  inside = grid.ndim == 1 and len(grid) > 1 and (low <= np.float32(grid)).all()
+  legit = inside and (np.float32(grid) <= high).all() and (np.diff(grid) <= 0).all()
+  check(bool(legit), "times", grid, legal, "make the grid by time_grid")
+
 
 def _run(key, sde, noise_fn, shape, step, times, labels, first_index, init, record):
-  """Scans `step` from `init` or a prior draw: (last state, NFE, start, record(state) of each
-  step).
-  """
+  """Scans `step` over the grid: (last state, NFE, start, record(state) of each step)."""
+  _check_grid(sde, times)
   keys = example_keys(key, shape[0], first_index)
-  x = sample_prior(fold_in(keys, 0), sde, shape) if init is None else init
+  x = _start(keys, sde, shape, init, times[0])
 
   def one(state, i, t, s):
     counted = _Counted(noise_fn, labels)
@@ -464,7 +527,7 @@ def sample(
   denoise: str | None = "mean",
   labels: Int[Array, " b"] | None = None,
   first_index: int | Array = 0,
-  init: Float[Array, "b *d"] | None = None,
+  init: Init = "prior",
 ) -> tuple[Float[Array, "b *d"], Int[Array, ""]]:
   """Draws `shape` = [b, *d] examples by `step` over the decreasing grid `times`: (x, network
   evaluations).
@@ -473,8 +536,9 @@ def sample(
     denoise: what is returned: "mean", the last step without its noise; "tweedie", E[x_0 | x] by one
       more evaluation; None, x itself.
     first_index: global index of the first example; example i depends on (key, i) alone.
-    init: x at times[0], instead of a draw from the prior; with `times` cut short, it skips the
-      first part of the reverse process.
+    init: x at times[0], or a name in `INITS`: a draw from the prior, or uniform. With
+      `times` cut short the first part of the reverse process is skipped, and a named draw is scaled
+      by sigma(times[0]) / sigma(t_max); perturb(sde, data, noise, times[0]) starts from data.
   """
   finish = {
     "mean": lambda state: (state.mean, 0),
@@ -502,13 +566,40 @@ def sample_trajectory(
   times: Float[Array, " n"],
   labels: Int[Array, " b"] | None = None,
   first_index: int | Array = 0,
-  init: Float[Array, "b *d"] | None = None,
+  init: Init = "prior",
 ) -> Float[Array, "n b *d"]:
   """The states of `sample` at every time of the grid, the last without its noise."""
   state, _, start, frames = _run(
     key, sde, noise_fn, shape, step, times, labels, first_index, init, record=lambda state: state.x
   )
   return jnp.concatenate([start[None], frames]).at[-1].set(state.mean)
+
+
+def interpolate(
+  first: Float[Array, "b *d"], second: Float[Array, "b *d"], num_points: int
+) -> Float[Array, "k b *d"]:
+  """`num_points` latents from `first` to `second` along the arc between them, each example its own.
+
+  Spherical interpolation (Song, Meng & Ermon 2021, eq. 67): latents between two prior draws have
+  the norm of prior draws. Decode them by `sample_ode(init=...)` or a deterministic `sample`.
+  """
+  flat = [z.reshape(len(z), -1) for z in (first, second)]
+  norms = [jnp.linalg.norm(z, axis=1) for z in flat]
+  cosine = (flat[0] * flat[1]).sum(1) / (norms[0] * norms[1])
+  angle = jnp.arccos(jnp.clip(cosine, -1.0, 1.0))
+  w = jnp.linspace(0.0, 1.0, num_points)[:, None] * jnp.ones_like(angle)[None]
+
+  def weight(part):
+    safe = jnp.where(angle < 1e-3, 1.0, angle)
+    share = jnp.where(angle[None] < 1e-3, part, jnp.sin(part * angle[None]) / jnp.sin(safe)[None])
+    return share.reshape(share.shape + (1,) * (first.ndim - 1))
+
+  return weight(1 - w) * first[None] + weight(w) * second[None]
+
+
+def _finish(sde: SDE, y: Array, exponential: bool) -> Array:
+  """x at t_min from the state of a solve."""
+  return marginal(sde, sde.t_min)[0] * y if exponential else y
 
 
 def sample_ode(
@@ -521,23 +612,32 @@ def sample_ode(
   rtol: float = 1e-4,
   atol: float = 1e-4,
   max_steps: int = 1000,
+  exponential: bool = False,
+  temperature: float = 1.0,
+  t_start: float | None = None,
   labels: Int[Array, " b"] | None = None,
   first_index: int | Array = 0,
-  init: Float[Array, "b *d"] | None = None,
+  init: Init = "prior",
 ) -> tuple[Float[Array, "b *d"], Int[Array, ""]]:
-  """Draws examples by the probability-flow ODE from t_max to t_min (Song et al. 2021, section 4.3):
-  (x, nfe).
+  """Draws examples by the probability-flow ODE from t_start to t_min (Song et al. 2021, section
+  4.3): (x, nfe).
 
   One step size for the whole batch. A solve that fails or hits max_steps returns NaN, never a
   truncated sample.
+
+  Args:
+    exponential: solve for x / alpha, whose flow has no linear part.
+    temperature: factor on the latent at t_start (Song et al. 2021, section 4.3).
+    t_start: where to start instead of t_max, to skip the first part.
+    init: x at t_start, or a name in `INITS`, as in `sample`.
   """
-  keys = fold_in(example_keys(key, shape[0], first_index), 0)
-  prior = sample_prior(keys, sde, shape) if init is None else init
-  field = probability_flow(sde, score_fn)
+  start = sde.t_max if t_start is None else t_start
+  keys = example_keys(key, shape[0], first_index)
+  latent = temperature * _start(keys, sde, shape, init, start)
   solution = solve(
-    field,
-    prior,
-    sde.t_max,
+    probability_flow(sde, score_fn, exponential=exponential),
+    latent / marginal(sde, start)[0] if exponential else latent,
+    start,
     sde.t_min,
     solver=solver,
     rtol=rtol,
@@ -545,16 +645,18 @@ def sample_ode(
     max_steps=max_steps,
     args=labels,
   )
-  return jnp.where(solution.ok, solution.state, jnp.nan), solution.nfe
+  x = _finish(sde, solution.state, exponential)
+  return jnp.where(solution.ok, x, jnp.nan), solution.nfe
 
 
-# name: (diffrax solver of an SDE with additive noise, score evaluations per step)
+# name: (diffrax solver of an SDE with additive noise, score evaluations per step, whether it can
+# choose its steps)
 SDE_SOLVERS = {
-  "euler": (diffrax.Euler, 1),
-  "heun": (diffrax.Heun, 2),
-  "sea": (diffrax.SEA, 1),
-  "sra1": (diffrax.SRA1, 2),
-  "shark": (diffrax.ShARK, 2),
+  "euler": (diffrax.Euler, 1, False),
+  "heun": (diffrax.Heun, 2, True),
+  "sea": (diffrax.SEA, 1, False),
+  "sra1": (diffrax.SRA1, 2, True),
+  "shark": (diffrax.ShARK, 2, True),
 }
 
 
@@ -565,36 +667,56 @@ def sample_sde(
   shape: tuple[int, ...],
   *,
   solver: str = "heun",
-  num_steps: int = 100,
+  num_steps: int | None = None,
+  spacing: str = "time",
+  rtol: float = 1e-2,
+  atol: float = 1e-2,
+  max_steps: int = 1000,
+  exponential: bool = False,
+  refinable: bool = False,
   labels: Int[Array, " b"] | None = None,
   first_index: int | Array = 0,
-) -> tuple[Float[Array, "b *d"], int]:
-  """Draws examples by a diffrax solve of the reverse SDE in `num_steps` equal steps: (x, nfe).
+  init: Init = "prior",
+) -> tuple[Float[Array, "b *d"], Int[Array, ""]]:
+  """Draws examples by a diffrax solve of the reverse SDE: (x, nfe).
+
+  With `num_steps`, steps of the grid `spacing`; without, adaptive steps to rtol and atol, of each
+  example its own, on a Brownian path that the key alone fixes. A solve that fails or hits max_steps
+  returns NaN.
 
   Args:
     solver: a name in `SDE_SOLVERS`.
+    exponential: solve for x / alpha, whose drift has no linear part.
+    refinable: that fixed Brownian path for `num_steps` too: slower, the same path for each number.
   """
-  method, evaluations = lookup(SDE_SOLVERS, solver, "solver")
-  times = sde.t_max - time_grid(sde, num_steps, "time")
-  keys = example_keys(key, shape[0], first_index)
+  method, evaluations, adapts = lookup(SDE_SOLVERS, solver, "solver")
+  legal = ", ".join(name for name, row in SDE_SOLVERS.items() if row[2])
+  check(bool(num_steps or adapts), "solver", solver, f"{legal}; or give num_steps")
+  keys, adaptive = example_keys(key, shape[0], first_index), num_steps is None
+  prior = _start(keys, sde, shape, init, sde.t_max)
+  times = sde.t_max - time_grid(sde, num_steps or 1, spacing)
+  control = diffrax.PIDController(rtol, atol, dtmin=finest_step(sde), force_dtmin=False)
+  kind = {"exponential": exponential, "refinable": refinable or adaptive}
 
-  def one(key, x, label):
+  def one(key, y, label):
     batched = None if label is None else label[None]
-    terms = reverse_sde(sde, lambda x, t, _: score_fn(x[None], t, batched)[0], key, x.shape)
+    score = lambda x, t, _: score_fn(x[None], t, batched)[0]
     solution = diffrax.diffeqsolve(
-      terms,
+      reverse_sde(sde, score, key, y.shape, **kind),
       method(),
       times[0],
       times[-1],
-      dt0=None,
-      y0=x,
-      stepsize_controller=diffrax.StepTo(times),
-      max_steps=num_steps,
+      dt0=1e-3 * (times[-1] - times[0]) if adaptive else None,
+      y0=y,
+      stepsize_controller=control if adaptive else diffrax.StepTo(times),
+      max_steps=num_steps or max_steps,
       adjoint=diffrax.ForwardMode(),
       throw=False,
     )
-    return solution.ys[-1]
+    ok = solution.result == diffrax.RESULTS.successful
+    return jnp.where(ok, solution.ys[-1], jnp.nan), solution.stats["num_steps"]
 
-  prior = sample_prior(fold_in(keys, 0), sde, shape)
-  x = jax.vmap(one, (0, 0, None if labels is None else 0))(fold_in(keys, 1), prior, labels)
-  return x, num_steps * evaluations
+  scaled = prior / marginal(sde, sde.t_max)[0] if exponential else prior
+  axes = 0, 0, None if labels is None else 0
+  y, steps = jax.vmap(one, axes)(fold_in(keys, 1), scaled, labels)
+  return _finish(sde, y, exponential), evaluations * steps.max()

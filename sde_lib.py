@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key
 
-from errors import ConfigError, lookup
+from errors import ConfigError, check, lookup
 
 Time = Float[Array, ""] | Float[Array, " b"] | np.ndarray | np.floating | float | int
 Keys = Key[Array, ""] | Key[Array, " b"]
@@ -227,14 +227,23 @@ def user(alpha: Callable, sigma: Callable, *, t_min: float, t_max: float, prior_
 def _tabulated(log_alphas: np.ndarray, log_sigmas: np.ndarray, prior_std: float) -> SDE:
   """A discrete-time model of N levels at t = i / N, i = 1 .. N; between them logs are interpolated.
 
-  The tables are float64 and cast last.
+  Values and slopes are float64 tables cast last: a slope formed in float32 from neighbouring values
+  would be off by 2e-4 for 4,000 levels.
   """
+  check(len(log_alphas) > 1, "number of levels", len(log_alphas), "a whole number from 2 up")
   times = np.arange(1, len(log_alphas) + 1) / len(log_alphas)
-  tables = (
-    (lambda t: jnp.interp(t, times, log_alphas)),
-    (lambda t: jnp.interp(t, times, log_sigmas)),
-  )
-  return SDE(*tables, times[0], 1.0, prior_std, times)
+
+  def interpolate(table):
+    slopes = np.diff(table, append=2 * table[-1] - table[-2]) * len(table)
+
+    def at(t):
+      i = jnp.maximum(jnp.searchsorted(jnp.asarray(times), t, side="right") - 1, 0)
+      value, slope, knot = (jnp.asarray(a)[i] for a in (table, slopes, times))
+      return value + slope * (t - knot)
+
+    return at
+
+  return SDE(interpolate(log_alphas), interpolate(log_sigmas), times[0], 1.0, prior_std, times)
 
 
 def _from_betas(betas: np.ndarray) -> SDE:

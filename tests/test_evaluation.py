@@ -10,7 +10,7 @@ from evaluation.denoising import gaussian_predictor_loss, loss_per_level
 from evaluation.fid import frechet_distance, sample_frechet_distance
 from evaluation.mixture import mixture_log_prob
 from evaluation.two_sample import energy_test
-from evaluation.work_precision import mixture_noise_fn, mixture_quantiles, wasserstein2
+from evaluation.work_precision import energy_distance, mixture_noise_fn
 from sde_lib import make_sde, marginal
 
 RNG = np.random.default_rng(0)
@@ -77,11 +77,16 @@ def test_mixture_baseline_finds_a_gaussian():
   np.testing.assert_allclose(fitted.mean(), exact.mean(), atol=0.01)
 
 
-def test_wasserstein_distance_of_the_benchmark_is_zero_for_the_law_itself():
-  sde = make_sde("vp", t_min=1e-4)
-  exact = mixture_quantiles(*(float(c) for c in marginal(sde, sde.t_min)))
-  assert wasserstein2(sde, exact) < 1e-6
-  np.testing.assert_allclose(wasserstein2(sde, exact + 0.25), 0.25, rtol=1e-6)
+def test_energy_distance_of_the_benchmark():
+  """Of a point at zero 2 E|Y| - E|Y - Y'|; of draws of the law the stated floor on average."""
+  sde, n = make_sde("vp", t_min=1e-6), 4000
+  draw = lambda: np.where(RNG.random(n) < 0.7, 1.0, -1.0) + 0.1 * RNG.normal(size=n)
+  distances = [energy_distance(sde, draw())[0] for _ in range(40)]
+  floor = energy_distance(sde, np.zeros(n))[1]
+  np.testing.assert_allclose(np.sqrt(np.mean(np.square(distances))), floor, rtol=0.25)
+  y, z = draw(), draw()
+  expected = 2 * np.abs(y).mean() - np.abs(y[:, None] - z[None]).mean()
+  np.testing.assert_allclose(energy_distance(sde, np.zeros(n))[0] ** 2, expected, rtol=0.05)
 
 
 def test_noise_of_the_benchmark_is_that_of_its_mixture():

@@ -141,10 +141,23 @@ def test_network_is_told_the_time(x64, c_noise, t):
     "log_snr": paper.log_snr(times),
     "sigma": paper.sigma(times),
   }
+  expected["index_from_noise"] = len(sde.times) - 1 - expected["index"]
   told = noise_of(
     sde, lambda x, c, *_: x + c[:, None], jnp.zeros((3, 1)), jnp.asarray(t), c_noise=c_noise
   )
   np.testing.assert_allclose(told[:, 0], expected[c_noise], rtol=1e-12)
+
+
+def test_network_with_twice_the_channels_predicts_the_variance(x64):
+  sde, x = make_sde("vp"), jnp.ones((2, 3))
+  v = jnp.broadcast_to(jnp.array([-1, 0, 1]), x.shape)
+  double = lambda x, *_: jnp.concatenate([2 * x, v], axis=1)
+  for answer, expected in ((double, [0, 0.5, 1]), (lambda x, *_: 2 * x, None)):
+    noise_fn = make_noise_fn(sde, Answer(answer), {}, output="v", c_noise="t999")
+    noise, v = noise_fn.with_variance(x, 0.4)
+    np.testing.assert_array_equal(noise_fn(x, 0.4), noise)
+    np.testing.assert_allclose(noise, noise_of(sde, lambda x, *_: 2 * x, x, 0.4, "v"))
+    assert v is None if expected is None else (v == jnp.array([expected] * 2)).all()
 
 
 def test_index_is_the_nearest_training_time():

@@ -9,7 +9,15 @@ from analytic import Mixture, diagonal
 import sampling
 from errors import ConfigError
 from sampling import SAMPLERS, State, sample, time_grid
-from sde_lib import log_snr, make_sde, marginal, sample_prior
+from sde_lib import (
+  example_keys,
+  fold_in,
+  log_snr,
+  make_sde,
+  marginal,
+  posterior,
+  sample_prior,
+)
 
 LAW = diagonal([0.3, -0.2], [0.25, 1.5])
 PROCESSES = {
@@ -182,8 +190,8 @@ def test_langevin_conventions_differ_by_a_factor_two(x64):
   x, key = jnp.ones((3, 1)), jax.random.key(0)
   a = sampling.langevin_step(key, -x, x, 0.2, "report")
   b = sampling.langevin_step(key, -x, x, 0.1, "code")
-  np.testing.assert_allclose(a, b)
-  np.testing.assert_allclose(a[1], 0.9)
+  np.testing.assert_allclose(a.x, b.x)
+  np.testing.assert_allclose([a.mean, b.mean], 0.9)
 
 
 TOY = Mixture(np.array([[0.8, 0.2]]), np.array([[5.0, 5.0], [-5.0, -5.0]]), 1.0)
@@ -268,12 +276,138 @@ def test_langevin_corrector_averages_norms_over_the_batch_or_not(x64):
   np.testing.assert_allclose(read[False][0], mean_size, rtol=1e-10)
 
 
+TEMPERED = {
+  "euler_maruyama": {},
+  "reverse_diffusion": {},
+  "ancestral": {},
+  "ddim": {"eta": 0.7},
+  "dpm_solver": {"eta": 1.0},
+  "annealed_langevin": {"num_steps": 1},
+  "predictor_corrector": {"corrector": "ald"},
+}
+
+
+@pytest.mark.parametrize("sampler", TEMPERED)
+def test_temperature_scales_all_the_noise_of_a_step(x64, sampler):
+  """A step is affine in its noise, so at temperature 1/2 it lies half way to temperature 0."""
+  sde, make_step = make_sde("vp"), SAMPLERS[sampler]
+  cold, half, full = (
+    one_step(sde, make_step(sde, **TEMPERED[sampler], temperature=T)).x for T in (0.0, 0.5, 1.0)
+  )
+  default = one_step(sde, make_step(sde, **TEMPERED[sampler])).x
+  np.testing.assert_allclose(half, 0.5 * (cold + full), rtol=1e-12)
+  np.testing.assert_array_equal(default, full)
+  assert jnp.abs(full - cold).min() > 1e-3
+  other_key = one_step(sde, make_step(sde, **TEMPERED[sampler], temperature=0.0), key=4).x
+  np.testing.assert_array_equal(other_key, cold)
+
+
+@processes
+def test_learned_variance_at_its_optimum_is_exact(moments, name):
+  """CATALOGUE rows 47 and 53: with the optimal variance, beta~ + c^2 Var(x_0 | x_t), seven coarse
+  steps on N(0, v) give the data's variance; with either published choice they do not.
+  """
+  sde, v = make_sde(name, **PROCESSES[name]), 0.3
+  times = time_grid(sde, 7, "log_snr")
+  law = diagonal([0.0], [v])
+
+  def optimal(x, t, labels):
+    s = times[jnp.argmin(jnp.abs(times - t)) + 1]
+    (alpha, sigma), (alpha_s, sigma_s) = marginal(sde, t), marginal(sde, s)
+    forward = sigma**2 - (alpha / alpha_s * sigma_s) ** 2  # of x_t given x_s
+    posterior = forward * (sigma_s / sigma) ** 2
+    spread = v * sigma**2 / (alpha**2 * v + sigma**2)  # of x_0 given x_t
+    variance = posterior + (alpha_s * forward / sigma**2) ** 2 * spread
+    fraction = jnp.log(variance / posterior) / (2 * jnp.log(sigma / sigma_s))
+    return law.noise_fn(sde)(x, t), jnp.full_like(x, fraction)
+
+  class Learned:
+    with_variance = staticmethod(lambda x, t: optimal(x, t, None))
+
+  alpha, sigma = marginal(sde, sde.t_min)
+  exact, errors = float(alpha**2 * v + sigma**2), {}
+  for variance in ("learned", "posterior", "beta"):
+    step = sampling.ancestral(sde, variance)
+    told = lambda key, noise_fn, *rest, step=step: step(key, Learned, *rest)
+    run = told if variance == "learned" else step
+    errors[variance] = abs(moments(sde, run, 7, v) / exact - 1)
+  assert errors["learned"] < 1e-9
+  assert min(errors["posterior"], errors["beta"]) > 1e-3
+
+
+def test_clipped_data_stay_in_the_range(x64):
+  """The mean is that of q(x_s | x_t, x_0) with the predicted data clipped to [-1, 1]."""
+  sde, t, s = make_sde("vp"), 0.6, 0.5
+  x = 6 * jax.random.normal(jax.random.key(9), (3, 2))
+  noise = LAW.noise_fn(sde)(x, t)
+  alpha, sigma = marginal(sde, t)
+  data = jnp.clip((x - sigma * noise) / alpha, -1, 1)
+  assert (jnp.abs(data) == 1).any() and (jnp.abs(data) < 1).any()
+  state = State(x, x)
+  run = lambda clip: sampling.ancestral(sde, clip=clip)(
+    jax.random.key(0), LAW.noise_fn(sde), state, jnp.asarray(t), jnp.asarray(s)
+  )
+  np.testing.assert_allclose(run(True).mean, posterior(sde, x, data, t, s)[0], rtol=1e-12)
+  assert jnp.abs(run(True).mean - run(False).mean).max() > 0.1
+
+
+def test_learned_variance_needs_a_network_that_learned_it():
+  sde = make_sde("vp")
+  run = {"step": sampling.ancestral(sde, "learned"), "times": time_grid(sde, 5, "time")}
+  with pytest.raises(ConfigError) as error:
+    sample(jax.random.key(0), sde, LAW.noise_fn(sde), (2, 2), **run)
+  assert "variance = 'learned'" in str(error.value) and "beta, posterior" in str(error.value)
+
+
+def test_starts(x64):
+  """A named draw at times[0]; the key decides it, its scale is that of the level."""
+  sde, key, shape = make_sde("ve", sigma_max=20.0), jax.random.key(0), (500, 4)
+  keep = lambda key, noise_fn, state, t, s: state
+  for cut in (0, 30):
+    times = time_grid(sde, 60, "time")[cut:]
+    scale = marginal(sde, times[0])[1] / sde.prior_std
+    run = {"step": keep, "times": times, "denoise": None}
+    draw = lambda run=run, **kind: sample(key, sde, LAW.noise_fn(sde), shape, **run, **kind)[0]
+    prior = sample_prior(fold_in(example_keys(key, 500), 0), sde, shape)
+    np.testing.assert_allclose(draw(), scale * prior)
+    uniform = draw(init="uniform") / scale
+    assert -1 <= uniform.min() < -0.99 and 0.99 < uniform.max() <= 1
+    assert float(uniform.var()) == pytest.approx(1 / 3, rel=4 * np.sqrt(0.8 / 2000))
+    np.testing.assert_allclose(draw(init="unit_uniform") / scale, 0.5 * (1 + uniform), atol=1e-12)
+    np.testing.assert_array_equal(draw(init=prior), prior)
+
+
+@pytest.mark.parametrize(
+  "times", [[1.0], [1.1, 0.5], [1.0, 0.5, 0.6], [1.0, -0.1], [1.0, float("nan")]]
+)
+def test_grids_that_leave_the_interval_or_turn_back_are_refused(times):
+  sde = make_sde("vp")
+  run = {"step": sampling.ddim(sde), "times": jnp.asarray(times)}
+  with pytest.raises(ConfigError, match=r"times = .*\n  legal: 2 or more times"):
+    sample(jax.random.key(0), sde, LAW.noise_fn(sde), (2, 2), **run)
+
+
+def test_latents_are_interpolated_along_the_arc(x64):
+  """Ends exactly, equal angles between neighbours, norms kept; parallel latents on a line."""
+  a = jnp.array([[3.0, 0.0, 0.0, 0.0], [1.0, 1.0, 0.0, 0.0]])
+  b = jnp.array([[0.0, 0.0, 3.0, 0.0], [2.0, 2.0, 0.0, 0.0]])
+  path = sampling.interpolate(a.reshape(2, 2, 2), b.reshape(2, 2, 2), 5)
+  assert path.shape == (5, 2, 2, 2)
+  path = path.reshape(5, 2, 4)
+  np.testing.assert_allclose(path[0], a, atol=1e-15)
+  np.testing.assert_allclose(path[-1], b, atol=1e-15)
+  np.testing.assert_allclose(jnp.linalg.norm(path[:, 0], axis=1), 3.0)
+  np.testing.assert_allclose((path[1:, 0] * path[:-1, 0]).sum(1), 9 * np.cos(np.pi / 8))
+  np.testing.assert_allclose(path[:, 1, 0], [1.0, 1.25, 1.5, 1.75, 2.0])
+
+
 @pytest.mark.parametrize(
   ("call", "words"),
   [
     (lambda sde: sampling.dpm_solver(sde, order=4), ["order = 4", "1 or 2"]),
     (lambda sde: sampling.predictor_corrector(sde, predictor="x"), ["predictor", "'ddim'"]),
     (lambda sde: sampling.predictor_corrector(sde, corrector="x"), ["corrector", "'ald'"]),
+    (lambda sde: sampling.ancestral(sde, "small"), ["variance", "'learned'", "'posterior'"]),
     (
       lambda sde: sampling.langevin_step(jax.random.key(0), jnp.ones(1), jnp.ones(1), 1.0, "x"),
       ["convention", "'report'"],
