@@ -71,7 +71,7 @@ def main(_: list[str]) -> None:
 
 if __name__ == "__main__":
   try:
-    settings.check_command_line(sys.argv)  # first: the config flag reads the overrides when defined
+    sys.argv = settings.check_command_line(sys.argv)  # first: the config flag reads it when defined
   except ConfigError as error:
     sys.exit(f"error: {error}")
   config_flags.DEFINE_config_file("config", settings.DEFAULT_CONFIG, "The experiment.")

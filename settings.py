@@ -26,7 +26,7 @@ FREE = (
   "sampling",
   "likelihood",
   "evaluation",
-  "import",
+  "import_",
   "data.dir",
   "training.num_steps",
   "training.log_every",
@@ -95,9 +95,11 @@ def _field(config: ConfigDict, name: str) -> Any:
   return node
 
 
-def check_command_line(argv: list[str]) -> None:
-  """Rejects misspelled fields and values of a wrong type before absl sees them."""
-  words = []
+def check_command_line(argv: list[str]) -> list[str]:
+  """Rejects misspelled fields and values of a wrong type before absl sees them; returns what it may
+  see: the flag library cannot read "import", a word of Python.
+  """
+  argv, words = [word.replace("--config.import.", "--config.import_.", 1) for word in argv], []
   for word, after in zip(argv[1:], [*argv[2:], "--"]):
     name, equals, text = word.partition("=")
     if name.startswith("--"):
@@ -110,6 +112,7 @@ def check_command_line(argv: list[str]) -> None:
       value = _field(config, name)
       if text and not _literal(text, type(value)):
         raise invalid(f"--{name}", text, f"a value of type {type(value).__name__}, as {value!r}")
+  return argv
 
 
 def _tuples(value):

@@ -20,7 +20,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
   """Reads `import.path` into the network of `config` and writes step 0 of a run: weights and their
   average from the file, an optimizer that has seen nothing.
   """
-  source, experiment = config["import"], build(config)
+  source, experiment = config.import_, build(config)
   check(bool(source.path), "import.path", source.path, "the file of a published checkpoint")
   directory = workdir / "checkpoints"
   with Checkpoints(directory, read_only=True) as checkpoints:

@@ -149,16 +149,21 @@ def plot_mixture(rows, path: Path) -> None:
   plt.close(figure)
 
 
-# label: (sampler, options, steps, grid, denoise) of the comparison on a trained network
+# label: (sampler, options, steps); the comparison on a trained network, at most 20 evaluations
+FEW = {
+  "ancestral": ("ancestral", {}, 19),
+  "DDIM": ("ddim", {}, 19),
+  "EDM Heun": ("edm", {}, 9),
+  "DPM-Solver++ 2M": ("dpm_solver", {}, 19),
+  "DPM-Solver++ 2M SDE": ("dpm_solver", {"eta": 1.0}, 19),
+  "UniPC": ("unipc", {}, 19),
+  "UniPC, 10": ("unipc", {}, 9),
+}
+# label: (sampler, options, steps, grid, denoise)
 CANDIDATES = {
-  "ancestral, 20 steps": ("ancestral", {}, 20, "log_snr", "mean"),
-  "DDIM, 20 steps": ("ddim", {}, 20, "log_snr", "mean"),
-  "EDM Heun, 10 steps": ("edm", {}, 10, "log_snr", "mean"),
-  "DPM-Solver++ 2M, 10 steps": ("dpm_solver", {}, 10, "log_snr", "mean"),
-  "DPM-Solver++ 2M, 20 steps": ("dpm_solver", {}, 20, "log_snr", "mean"),
-  "DPM-Solver++ 2M SDE, 20 steps": ("dpm_solver", {"eta": 1.0}, 20, "log_snr", "mean"),
-  "UniPC, 10 steps": ("unipc", {}, 10, "log_snr", "mean"),
-  "UniPC, 20 steps": ("unipc", {}, 20, "log_snr", "mean"),
+  f"{label} ({grid})": (*choice, grid, "tweedie")
+  for label, choice in FEW.items()
+  for grid in ("time", "log_snr", "karras")
 }
 REFERENCE = ("ancestral", {}, 1000, "log_snr", "mean")
 

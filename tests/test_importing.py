@@ -25,7 +25,7 @@ def config():
   names = {"nf", "ch_mult", "num_res_blocks", "attn_resolutions"}
   args = {n: overrides[f"model.{n}"] for n in names}
   args = {n: tuple(v) if isinstance(v, list) else v for n, v in args.items()} | {"group_size": 1}
-  flat = {"import.path": str(FILE), "data.name": "tfds:celeb_a", "data.image_size": 16}
+  flat = {"import_.path": str(FILE), "data.name": "tfds:celeb_a", "data.image_size": 16}
   flat |= {"sampling.num_samples": 4, "sampling.batch_size": 4, "sampling.num_steps": 3}
   with config.unlocked():
     config.model.args.update(args)
@@ -53,10 +53,10 @@ def test_an_import_overwrites_nothing_and_names_what_is_missing(config, tmp_path
   importing.run(config, tmp_path)
   with pytest.raises(ConfigError, match="overwrites nothing"):
     importing.run(config, tmp_path)
-  config["import"].path = ""
+  config.import_.path = ""
   with pytest.raises(ConfigError, match=r"import\.path = ''"):
     importing.run(config, tmp_path / "other")
-  config["import"].path = str(FILE.with_name("score_sde_ddpmpp_vp.pth"))
+  config.import_.path = str(FILE.with_name("score_sde_ddpmpp_vp.pth"))
   with pytest.raises(ConfigError, match=r"does not fit models\.ddpm"):
     importing.run(config, tmp_path / "other")
   assert not (tmp_path / "other").exists()

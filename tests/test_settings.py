@@ -1,5 +1,7 @@
 """The command line and the configuration of a workdir: what is refused, and with which words."""
 
+import json
+
 import pytest
 from tiny import tiny_config
 
@@ -151,3 +153,19 @@ def test_the_digest_follows_what_a_result_depends_on():
   )
   assert digest != settings.digest(tiny_config(sampling__num_steps=9), "sampling")
   assert digest != settings.digest(tiny_config(seed=1), "sampling")
+
+
+def test_the_command_line_may_say_import():
+  """ "import" is a word of Python, which the flag library refuses in a field's name."""
+  argv = ["main.py", "--mode=import", "--config.import.path=a.pth"]
+  assert settings.check_command_line(argv)[-1] == "--config.import_.path=a.pth"
+  with pytest.raises(ConfigError, match=r"did you mean --config\.import_\.path"):
+    settings.check_command_line(["main.py", "--config.import.paht=a.pth"])
+
+
+def test_fields_newer_than_a_saved_configuration_have_their_defaults(tmp_path):
+  config = settings.load_config_file(settings.DEFAULT_CONFIG)
+  old = json.loads(config.to_json())
+  del old["sampling"]["skip"], old["import_"], old["data"]["centered"]
+  (tmp_path / "config.json").write_text(json.dumps(old))
+  assert settings.flatten(settings.read(tmp_path)) == settings.flatten(config)

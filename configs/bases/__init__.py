@@ -81,7 +81,7 @@ TREE = {
     "seed": 0,
   },
   "evaluation": {"split": "test", "num_levels": 20, "num_draws": 2, "seed": 0},
-  "import": {"path": "", "weights": "ema"},
+  "import_": {"path": "", "weights": "ema"},
 }
 
 PUBLISHED = {
