@@ -128,7 +128,7 @@ RESIZED = (0, 0, 3)
 HELD_OUT = ("train", "validation")
 
 # name: what is known of it; only those in `BUILDERS` can be loaded
-DECLARED = {name: builder.SPEC for name, builder in BUILDERS.items()} | {
+DECLARED = {
   "tfds:mnist": Spec((28, 28, 1), num_classes=10),
   "tfds:cifar10": Spec((32, 32, 3), num_classes=10),
   "tfds:celeb_a": Spec(RESIZED, splits=("train", "validation", "test")),
@@ -141,7 +141,7 @@ DECLARED = {name: builder.SPEC for name, builder in BUILDERS.items()} | {
   "tfds:imagenet2012": Spec(RESIZED, num_classes=1000, splits=HELD_OUT),
   "ffhq": Spec(RESIZED, splits=("train",)),
   "afhqv2": Spec(RESIZED),
-}
+} | {name: builder.SPEC for name, builder in BUILDERS.items()}
 
 
 def declared(settings: ConfigDict) -> Spec:
