@@ -40,9 +40,11 @@ MAPPINGS = {
   ("ncsn", "models.ncsn"): ("ncsn", "ncsn"),
   ("ncsn", "models.ncsnv2"): ("ncsn", "ncsnv2"),
   ("state_dict", "models.adm"): ("improved_diffusion", "adm"),
+  ("EDM", "models.ncsnpp"): ("edm", "names"),
+  ("EDM", "models.adm"): ("edm", "names"),
 }
 
-BY_SHAPE = {"score_sde", "ddpm"}
+BY_SHAPE = {"score_sde", "ddpm", "edm"}
 
 Arrays = dict[str, np.ndarray]
 
@@ -81,10 +83,12 @@ def load_variables(
 
 
 def _misfit(what: str, problems: list[str]) -> ConfigError:
-  shown = "\n".join(f"  {line}" for line in problems[:SHOWN])
-  rest = f"\n  and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
+  lines = [f"  {line}" for line in problems]
+  if len(lines) > SHOWN:  # what is missing stands first, what is unexpected last
+    half = SHOWN // 2
+    lines = [*lines[:half], f"  and {len(lines) - SHOWN} more", *lines[-half:]]
   mend = "  mend:  give the network the options that the checkpoint was trained with"
-  return ConfigError(f"{what}:\n{shown}{rest}\n{mend}")
+  return ConfigError("\n".join([f"{what}:", *lines, mend]))
 
 
 def _mapping(kind: str, model: nn.Module) -> Callable:
@@ -119,10 +123,11 @@ def _match(model, shape, mapping: Callable, arrays: Arrays) -> tuple[PyTree, lis
       problems.append(f"missing: the format has nothing for {path} {leaf.shape}")
       continue
     name, layout = sources[path]
-    if name not in left:
+    if name not in arrays:
       problems.append(f"missing: {name}, for {path} {leaf.shape}")
       continue
-    array = left.pop(name)
+    array = arrays[name]
+    left.pop(name, None)  # several of ours may be parts of one of theirs
     try:
       params[path] = jnp.asarray(layout(array), leaf.dtype)
     except ValueError:

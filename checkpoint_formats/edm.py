@@ -1,20 +1,68 @@
-"""The pickles of NVlabs/edm: networks stored with their source code, read without running it."""
+"""The pickles of NVlabs/edm: networks stored with their source code, read without running it; and
+the names there of the parameters of our ncsnpp and adm.
+"""
 
 import collections
 import io
 import pickle
+import re
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
+from flax import linen as nn
 
+from checkpoint_formats.layouts import Source, conv, dense, same
+from checkpoint_formats.score_sde import trace
 from errors import RunError
+from models.layers.adm import count_heads
+
+# not for us: constants of the architecture, and the map of the augmentation's parameters, which
+# are zero but in training
+UNUSED = re.compile(r"(.*\.)?resample_filter|model\.map_augment\.weight")
+
+# names of ours -> names in the file, {0} the height of the image; the names of ncsnpp are first
+SINGLE = {
+  "FourierEmbedding_0": "map_noise",
+  "Dense_0": "map_layer0",
+  "Dense_1": "map_layer1",
+  "Conv_0": "enc.{0}x{0}_conv",
+  "GroupNorm_0": "dec.{0}x{0}_aux_norm",
+  "Conv_1": "dec.{0}x{0}_aux_conv",
+  "time_0": "map_layer0",
+  "time_2": "map_layer1",
+  "input_0_0": "enc.{0}x{0}_conv",
+  "head_0": "out_norm",
+  "head_2": "out_conv",
+}
+BLOCKS = ("BigGANBlock", "input", "middle", "output")  # how the names of our blocks begin
+INSIDE = {
+  "GroupNorm_0": "norm0",
+  "Conv_0": "conv0",
+  "Dense_0": "affine",
+  "GroupNorm_1": "norm1",
+  "Conv_1": "conv1",
+  "in_norm": "norm0",
+  "in_conv": "conv0",
+  "embedding": "affine",
+  "out_norm": "norm1",
+  "out_conv": "conv1",
+  "shortcut": "skip",
+}
+PARTS = ("query", "key", "value")
+ATTENTION = {"GroupNorm_0": "norm2", "norm": "norm2", "qkv": "qkv", "out": "proj"}
+ATTENTION |= dict.fromkeys(PARTS, "qkv")
+LEAVES = {"bias": "bias", "frequencies": "freqs"}  # the rest is "weight"
 
 
 class Record:
   """Stands for an object of any class in the file: keeps its data, does nothing."""
 
-  def __init__(self, *args, **kwargs):
-    self.args, self.state, self.items = args, kwargs, {}
+  def __new__(cls, *args, **kwargs):
+    """Instead of __init__, which pickle calls for some objects only."""
+    record = super().__new__(cls)
+    record.args, record.state, record.items = args, kwargs, {}
+    return record
 
   def __setstate__(self, state):
     self.state = state
@@ -85,4 +133,78 @@ def read(data: bytes) -> dict[str, dict[str, np.ndarray]]:
   content = DataUnpickler(io.BytesIO(data)).load()
   entries = content.items() if isinstance(content, dict) else {}.items()
   networks = {name: parameters(entry) for name, entry in entries if isinstance(entry, Record)}
-  return {name: arrays for name, arrays in networks.items() if arrays}
+  used = lambda arrays: {k: a for k, a in arrays.items() if not UNUSED.fullmatch(k)}
+  return {name: used(arrays) for name, arrays in networks.items() if arrays}
+
+
+def names(model: nn.Module, shape: tuple[int, int, int]) -> dict[str, Source]:
+  """Sources of the parameters of an ncsnpp or adm, for images [h, w, c].
+
+  EDM calls its blocks in the same order as we do, attention as a part of the block before it.
+  """
+  order, params = trace(model, shape)
+  blocks = _blocks(shape[0], len(model.ch_mult), model.num_res_blocks)
+  places, sources = _places(order, params, shape[0], blocks), {}
+  if getattr(model, "classes_first", True):
+    places["classes"] = {"": "map_label"}
+  for path, leaf in params.items():
+    module, *inner, name = path.split("/")
+    place = places.get(module, {}).get("/".join(inner))
+    if place:
+      theirs = f"model.{place}.{LEAVES.get(name, 'weight')}"
+      sources[path] = Source(theirs, _layout(model, path, leaf))
+  return sources
+
+
+def _blocks(height: int, levels: int, count: int) -> Iterator[str]:
+  """EDM's names of its residual blocks, in the order of their calls; `count` per level."""
+  sides = [f"{height >> level}x{height >> level}" for level in range(levels)]
+  for side in sides:
+    if side != sides[0]:
+      yield f"enc.{side}_down"
+    yield from (f"enc.{side}_block{i}" for i in range(count))
+  yield from (f"dec.{sides[-1]}_in{i}" for i in range(2))
+  for side in reversed(sides):
+    if side != sides[-1]:
+      yield f"dec.{side}_up"
+    yield from (f"dec.{side}_block{i}" for i in range(count + 1))
+
+
+def _places(order: list[str], params: dict, height: int, blocks: Iterator[str]) -> dict:
+  """{our module: {our submodule, or "" for the module itself: EDM's module}}."""
+  places, block = {}, ""
+  for name in order:
+    if name in SINGLE:
+      places[name] = {"": SINGLE[name].format(height)}
+    elif f"{name}/out/kernel" in params:
+      places[name] = {ours: f"{block}.{theirs}" for ours, theirs in ATTENTION.items()}
+    elif name.startswith("Downsample"):
+      places[name] = {"Conv_0": block.replace("_down", "_aux_residual")}
+    elif name.startswith(BLOCKS):
+      block = next(blocks)
+      places[name] = {ours: f"{block}.{theirs}" for ours, theirs in INSIDE.items()}
+  return places
+
+
+def _layout(model: nn.Module, path: str, leaf) -> Callable[[np.ndarray], np.ndarray]:
+  """Kernels are convolutions (4 axes) or linear maps (2); the rest stays, but attention's maps and
+  the table of classes.
+  """
+  _, *inner, name = path.split("/")
+  linear = {4: conv, 2: dense}[leaf.ndim] if name == "kernel" else same
+  if inner and inner[-1] in PARTS:
+    part = PARTS.index(inner[-1])
+    return lambda array: linear(array[part::3])
+  if inner == ["qkv"]:
+    heads = count_heads(leaf.shape[-1] // 3, model.num_heads, model.num_head_channels)
+    axis = 0 if model.use_new_attention_order else 1
+    return lambda array: linear(_qkv(array, heads, axis))
+  if path == "classes/embedding":
+    return lambda array: np.pad(array.T, ((0, model.null_class), (0, 0)))
+  return linear
+
+
+def _qkv(array: np.ndarray, heads: int, axis: int) -> np.ndarray:
+  """Rows ordered [heads, channels, 3], here with the axis of 3 moved to `axis`."""
+  split = array.reshape(heads, -1, 3, *array.shape[1:])
+  return np.moveaxis(split, 2, axis).reshape(array.shape)

@@ -1,5 +1,8 @@
 """The U-Nets of the SDE framework, NCSN++ and DDPM++, for images of 32 to 1024 pixels."""
 
+import math
+
+import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
@@ -42,6 +45,8 @@ class Model(nn.Module):
     init_scale: of the last layer of every block and of the network; 0 means nearly zero.
     num_classes: 0 for an unconditional network; labels are 0 .. num_classes - 1, None means no
       class.
+    classes_first: labels join the features of time, before the linear maps of the embedding and
+      as a linear map themselves (Karras et al. 2022, released code); else they join the embedding.
     centered: the data are in [-1, 1]; False: in [0, 1], mapped to [-1, 1] here.
     dtype: of the computation; parameters and output are float32.
     remat: compute the residual blocks again in the backward pass: less memory, more time.
@@ -65,6 +70,7 @@ class Model(nn.Module):
   fourier_scale: float = 16.0
   init_scale: float = 0.0
   num_classes: int = 0
+  classes_first: bool = False
   centered: bool = True
   dtype: str = "float32"
   remat: bool = False
@@ -99,7 +105,16 @@ class Model(nn.Module):
       features = biggan.FourierEmbedding(self.nf, self.fourier_scale)(c_noise)
     else:
       features = unet.sinusoidal_embedding(c_noise, self.nf)
-    return unet.noise_embedding(features, 4 * self.nf, self.num_classes, labels, self.dtype)
+    num_classes = self.num_classes
+    if num_classes and self.classes_first:
+      features, num_classes = features + self._class_features(labels, features), 0
+    return unet.noise_embedding(features, 4 * self.nf, num_classes, labels, self.dtype)
+
+  def _class_features(self, labels, features):
+    """[b, f], a linear map of the label's unit vector times sqrt(num_classes); no class is zero."""
+    labels = jnp.full(len(features), self.num_classes) if labels is None else labels
+    units = math.sqrt(self.num_classes) * jax.nn.one_hot(labels, self.num_classes)
+    return unet.dense(features.shape[-1], dtype=self.dtype, name="classes")(units)
 
   def _down(self, x, embedding, train):
     """The features after every layer of the way down, the coarsest last."""

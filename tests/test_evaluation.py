@@ -3,13 +3,14 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from analytic import diagonal
 from scipy.linalg import sqrtm
 
 from evaluation.denoising import gaussian_predictor_loss, loss_per_level
 from evaluation.fid import frechet_distance, sample_frechet_distance
 from evaluation.mixture import mixture_log_prob
-from evaluation.two_sample import energy_test
+from evaluation.two_sample import energy_test, frechet_test
 from evaluation.work_precision import energy_distance, mixture_noise_fn
 from sde_lib import make_sde, marginal
 
@@ -38,15 +39,20 @@ def test_frechet_distance_of_a_set_to_itself_is_zero_in_any_order():
   assert abs(sample_frechet_distance(x, x[::-1])) < 1e-9
 
 
-def test_energy_test_tells_laws_apart_and_accepts_equal_ones():
+tests = pytest.mark.parametrize("test", [energy_test, frechet_test])
+
+
+@tests
+def test_two_sample_tests_tell_laws_apart_and_accept_equal_ones(test):
   x, y = RNG.normal(size=(2, 150, 4))
-  assert energy_test(x, y)[1] > 0.05
-  assert energy_test(x, y + 0.5)[1] < 0.01
+  assert test(x, y)[1] > 0.05
+  assert test(x, y + 0.5)[1] < 0.01
 
 
-def test_energy_test_rejects_equal_laws_as_often_as_it_says():
+@tests
+def test_two_sample_tests_reject_equal_laws_as_often_as_they_say(test):
   """40 tests at the level 0.2: 8 rejections, within 3 standard errors."""
-  p = [energy_test(*RNG.normal(size=(2, 30, 2)), num_permutations=50)[1] for _ in range(40)]
+  p = [test(*RNG.normal(size=(2, 30, 2)), num_permutations=50)[1] for _ in range(40)]
   assert abs(np.mean(np.array(p) <= 0.2) - 0.2) < 3 * np.sqrt(0.16 / 40)
 
 

@@ -151,7 +151,6 @@ def test_sample_runs_the_steps_of_the_grid(x64, monkeypatch, method):
   """With every noise set to 1 a sample is a number: the recursion's, for each way to end."""
   sde, paper, (make_step, closed_form) = make_sde("sub_vp"), PAPER["sub_vp"], STEPS[method]
   monkeypatch.setattr(sampling, "normal", lambda key, shape: jnp.ones(shape))
-  monkeypatch.setattr(sampling, "sample_prior", lambda key, sde, shape: jnp.full(shape, 0.7))
   t, s = uneven_steps(sde, 9)
   x = 0.7
   for a, b, c in zip(*closed_form(paper, t, s)):
@@ -159,7 +158,8 @@ def test_sample_runs_the_steps_of_the_grid(x64, monkeypatch, method):
   end = paper.alpha(1e-5), paper.sigma(1e-5)
   tweedie = float(LAW.denoise(jnp.full((1, 1), x), *end)[0, 0])
   law = jax.random.key(0), sde, LAW.noise_fn(sde), (1, 1)
-  options = {"step": make_step(sde), "times": jnp.append(t, s[-1])}
+  start = {"init": jnp.full((1, 1), 0.7)}
+  options = {"step": make_step(sde), "times": jnp.append(t, s[-1]), **start}
   run = lambda: [
     sampling.sample(*law, denoise=denoise, **options)[0][0, 0]
     for denoise in (None, "mean", "tweedie")
@@ -305,9 +305,8 @@ def test_sample_sde_runs_its_scheme(x64, monkeypatch, executions, solver, evalua
   """With unit noise a sample is a number: that of the recursion."""
   sde, paper = make_sde("sub_vp"), PAPER["sub_vp"]
   monkeypatch.setattr(diffrax, "UnsafeBrownianPath", lambda *_, **__: UnitNoise())
-  monkeypatch.setattr(sampling, "sample_prior", lambda key, sde, shape: jnp.full(shape, 0.7))
   score_fn = lambda x, t, labels: LAW.score_fn(sde)(executions.mark(x), t)
-  options = {"solver": solver, "num_steps": 9}
+  options = {"solver": solver, "num_steps": 9, "init": jnp.full((1, 1), 0.7)}
   x, nfe = sampling.sample_sde(jax.random.key(0), sde, score_fn, (1, 1), **options)
   steps = zip(*reverse_sde_closed_form(paper, solver, np.linspace(sde.t_max, sde.t_min, 10)))
   expected = functools.reduce(lambda x, step: step[0] * x + step[1] + step[2], steps, 0.7)

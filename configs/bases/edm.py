@@ -25,7 +25,7 @@ SONG = {"nf": 128, "num_res_blocks": 4, "attn_resolutions": (16,)}
 UNFILTERED = {"embedding_type": "positional", "fir": False, "progressive_input": "none"}
 NCSNPP = bases.network("ncsnpp", **SONG)
 DDPMPP = bases.network("ncsnpp", **SONG, **UNFILTERED)
-TEN_CLASSES = bases.changed(num_classes=10)
+TEN_CLASSES = bases.changed(num_classes=10, classes_first=True)
 DHARIWAL = {"nf": 192, "ch_mult": (1, 2, 3, 4), "num_res_blocks": 3, "dropout": 0.1}
 HEADS = {"attn_resolutions": (32, 16, 8), "num_head_channels": 64}
 CLASSES = {"num_classes": 1000, "learned_variance": False, "resblock_updown": True}
