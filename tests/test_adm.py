@@ -258,6 +258,7 @@ def test_dropout_acts_only_while_training():
   assert differ(train(0), train(1)) == differ(train(0), network(X, TIME)) == [True] * 3
 
 
+@pytest.mark.exhaustive
 def test_bfloat16_is_for_the_computation_only():
   model = Model(**TINY, dtype="bfloat16")
   assert {leaf.dtype.name for leaf in jax.tree.leaves(parameters(model, X.shape))} == {"float32"}
@@ -267,6 +268,7 @@ def test_bfloat16_is_for_the_computation_only():
   assert 1e-4 < error < 0.1
 
 
+@pytest.mark.exhaustive
 def test_recomputation_changes_nothing():
   """Outputs, gradients and dropout masks, with nn.remat and without."""
   shallow = TINY | {"ch_mult": (1,), "attn_resolutions": ()}

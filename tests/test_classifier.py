@@ -133,6 +133,7 @@ def test_dropout_acts_only_while_training():
   assert (np.abs(trained - classify(X, NOISE)).max(1) > 1e-3).all()
 
 
+@pytest.mark.exhaustive
 def test_bfloat16_is_for_the_computation_only():
   params, classify = network("adm_encoder", dtype="bfloat16")
   assert {leaf.dtype.name for leaf in jax.tree.leaves(params)} == {"float32"}

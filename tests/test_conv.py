@@ -114,6 +114,7 @@ def test_in_shard_map(checked):
   jax.tree.map(check, mapped(params, x), jax.grad(loss)(params, x))
 
 
+@pytest.mark.exhaustive
 def test_bfloat16():
   """Computes in bfloat16, leaves the parameters and their gradients in float32."""
   x, _ = data()

@@ -187,6 +187,7 @@ def test_without_classes_there_is_no_table():
   assert "classes" not in abstract(dit.Model(**TINY | {"num_classes": 0}), (1, 4, 4, 1))[1]
 
 
+@pytest.mark.exhaustive
 def test_bfloat16_keeps_float32_outside():
   model = dit.Model(dtype="bfloat16", **TINY)
   leaves = jax.tree.leaves(abstract(model, (1, 4, 6, 1)))
@@ -196,6 +197,7 @@ def test_bfloat16_keeps_float32_outside():
   assert 1e-4 < error < 0.05
 
 
+@pytest.mark.exhaustive
 def test_remat_changes_neither_outputs_nor_gradients():
   def value_and_grads(remat):
     model, params = perturbed(remat=remat, depth=1)

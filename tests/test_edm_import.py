@@ -248,6 +248,7 @@ def described(model, shape):
   return edm.names(model, shape), trace(model, shape)[1]
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_array_of_the_published_networks_is_used(name):
   parts = experiment.outline(config_of(name))

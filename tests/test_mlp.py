@@ -105,6 +105,7 @@ def test_activations_differ_and_an_unknown_one_lists_them():
     abstract(Model(activation="silu"), (1, 2))
 
 
+@pytest.mark.exhaustive
 def test_bfloat16_keeps_float32_outside():
   leaves = jax.tree.leaves(abstract(Model(dtype="bfloat16", **TINY), (3, 2)))
   assert {leaf.dtype for leaf in leaves} == {jnp.dtype("float32")}

@@ -229,6 +229,7 @@ def drawn(model):
   )
 
 
+@pytest.mark.exhaustive
 def test_bfloat16_changes_the_output_a_little():
   full, half = Shallow(0, 2), Shallow(0, 2, dtype="bfloat16")
   params = drawn(full)
@@ -236,6 +237,7 @@ def test_bfloat16_changes_the_output_a_little():
   assert 1e-4 < relative_error(out, expected) < 0.1
 
 
+@pytest.mark.exhaustive
 @MODULES
 def test_bfloat16_keeps_parameters_and_output_in_float32(module):
   model = module.Model(nf=4, dtype="bfloat16")
@@ -244,6 +246,7 @@ def test_bfloat16_keeps_parameters_and_output_in_float32(module):
   assert "bf16[2,8,8,4]" in str(trace(model))
 
 
+@pytest.mark.exhaustive
 def test_remat_changes_neither_output_nor_gradient():
   def evaluate(model):
     loss = lambda out: ((out**2).mean(), out)

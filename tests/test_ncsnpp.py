@@ -221,6 +221,7 @@ def test_dropout_acts_only_while_training():
   assert differ(output(dropout=0.5), output(dropout=0.1)) == [False, False]
 
 
+@pytest.mark.exhaustive
 def test_low_precision_computes_close_and_stays_float32_outside():
   low, exact = output(dtype="bfloat16"), output()
   assert low.dtype == jnp.float32
@@ -231,6 +232,7 @@ def test_low_precision_computes_close_and_stays_float32_outside():
   assert 1e-4 < error < 0.1
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("resblock_type", OPTIONS["resblock_type"])
 def test_recomputed_activations_change_nothing(resblock_type):
   """Same names, same outputs, same gradients, dropout included."""

@@ -69,6 +69,7 @@ def blocks_of(model, size):
   return network.count_blocks(model, network._trace(model, shape)[0])
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
   "name, residual, attention",
   [

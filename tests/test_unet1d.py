@@ -63,6 +63,7 @@ def test_a_length_that_cannot_be_halved_names_the_nearest(length, nearest):
     abstract(unet1d.Model(nf=8, ch_mult=(1, 1, 1)), (1, length, 1))
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("options", [{}, {"attn_every_block": False, "num_classes": 10}])
 def test_number_of_parameters_is_that_of_the_image_network_but_for_the_kernels(options):
   """Of the 3x3 kernels of the published network a third is left."""
@@ -72,6 +73,7 @@ def test_number_of_parameters_is_that_of_the_image_network_but_for_the_kernels(o
   assert sizes(params, 1) == sizes(image_params, 3)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
   "options",
   [
@@ -112,6 +114,7 @@ def test_dropout_acts_only_while_training():
   assert differ(train(0), train(1)) == differ(train(0), run(X, TIME)) == [True] * 2
 
 
+@pytest.mark.exhaustive
 def test_bfloat16_keeps_float32_outside():
   leaves = jax.tree.leaves(abstract(unet1d.Model(dtype="bfloat16", **TINY), X.shape))
   assert {leaf.dtype for leaf in leaves} == {jnp.dtype("float32")}
@@ -124,6 +127,7 @@ def test_bfloat16_keeps_float32_outside():
   assert convolutions and all(":bf16[" in line for line in convolutions)
 
 
+@pytest.mark.exhaustive
 def test_remat_changes_neither_outputs_nor_gradients():
   def value_and_grads(remat):
     model, params = perturbed(remat=remat, **SMALL)
