@@ -27,12 +27,15 @@ SOLVERS = {
 }
 
 
+def state_scale(sde: SDE, t, exponential: bool):
+  """c(t) of the state y = x / c that is solved for: 1, or alpha in the exponential form."""
+  return marginal(sde, t)[0] if exponential else 1.0
+
+
 def _scaling(sde: SDE, t, exponential: bool):
-  """(c, f, g^2) at t such that y = x / c follows dy = [f y - g^2 / c score(c y)] dt + g / c dw:
-  c = 1, or in the exponential form c = alpha, for which f = 0.
-  """
+  """(c, f, g^2) at t such that y = x / c follows dy = [f y - g^2 / c score(c y)] dt + g / c dw."""
   f, g_squared = coefficients(sde, t)
-  return (marginal(sde, t)[0], jnp.zeros_like(f), g_squared) if exponential else (1.0, f, g_squared)
+  return state_scale(sde, t, exponential), jnp.zeros_like(f) if exponential else f, g_squared
 
 
 def probability_flow(sde: SDE, score_fn: ScoreFn, *, exponential: bool = False) -> VectorField:

@@ -25,6 +25,7 @@ from errors import ConfigError, check, invalid, lookup
 from likelihood import DIVERGENCES, LogLikelihood, log_likelihood
 from parameterization import C_NOISE, OUTPUTS, NoiseFn, make_noise_fn, make_score_fn
 from sampling import (
+  ADAPTIVE_SDE_SOLVERS,
   INITS,
   SAMPLERS,
   SDE_SOLVERS,
@@ -41,7 +42,7 @@ from sde_lib import SDE, SDES, Keys, fold_in, make_sde
 SOLVES = {
   "probability_flow": (sample_ode, SOLVERS),
   "reverse_sde": (sample_sde, SDE_SOLVERS),
-  "adaptive_reverse_sde": (sample_sde, SDE_SOLVERS),
+  "adaptive_reverse_sde": (sample_sde, ADAPTIVE_SDE_SOLVERS),
 }
 
 # name: `sample`'s denoise
@@ -187,17 +188,23 @@ def _make_model(config: ConfigDict) -> nn.Module:
   return model_class(**config.args)
 
 
-def _check_arguments(section: str, args: ConfigDict, function: Callable, mend: str = "") -> None:
-  """Every entry of `args` must be an argument with a default of `function`."""
+# defaults that are no matter of configuration: of linen modules, of samplers
+NOT_OPTIONS = ("parent", "name", "labels", "first_index", "init", "t_start")
+# what a solve takes from the grid of `sampling`
+GRID = ("num_steps", "spacing")
+
+
+def _check_arguments(
+  section: str, args: ConfigDict, function: Callable, mend: str = "", hidden: tuple = ()
+) -> None:
+  """Every entry of `args` must be an argument with a default of `function`, and not `hidden`."""
   parameters = inspect.signature(function).parameters.values()
-  legal = [p.name for p in parameters if p.default is not p.empty and p.name not in NOT_OPTIONS]
+  given = [p.name for p in parameters if p.default is not p.empty]
+  legal = [name for name in given if name not in NOT_OPTIONS + hidden]
   for name in args:
     mend = mend or f"remove {section}.{name} from the configuration"
     check(name in legal, f"{section}.{name}", args[name], ", ".join(legal), mend)
 
-
-# defaults that are no matter of configuration: of linen modules, of samplers
-NOT_OPTIONS = ("parent", "name", "labels", "first_index", "init", "t_start")
 
 # (table, field): every name that a configuration chooses
 NAMES = (
@@ -243,21 +250,18 @@ def _check_sampler(config: ConfigDict, sde: SDE) -> None:
   options = lookup(dict(settings.options), name, "sampling.options")
   section = f"sampling.options.{name}"
   check(0 <= skip < 1, "sampling.skip", skip, "a share from 0 up, below 1")
-  time_grid(sde, settings.num_steps, settings.spacing)
+  # checked while tracing: nothing is computed at the start of a run
+  jax.eval_shape(lambda: time_grid(sde, settings.num_steps, settings.spacing))
   if name not in SOLVES:
     _check_arguments(section, options, SAMPLERS[name])
     SAMPLERS[name](sde, **options)
     return
   function, solvers = SOLVES[name]
-  _check_arguments(section, options, function)
-  solver = options.get("solver", "heun")
-  lookup(solvers, solver, f"{section}.solver")
+  _check_arguments(section, options, function, hidden=GRID)
+  default = inspect.signature(function).parameters["solver"].default
+  lookup(solvers, options.get("solver", default), f"{section}.solver")
   if function is sample_sde:
     check(not skip, "sampling.skip", skip, f"0 with {name}", "take another sampler")
-    check("num_steps" not in options, f"{section}.num_steps", "set", "sampling.num_steps")
-  if name == "adaptive_reverse_sde":
-    legal = ", ".join(key for key, row in SDE_SOLVERS.items() if row[2])
-    check(SDE_SOLVERS[solver][2], f"{section}.solver", solver, legal, "or sampler reverse_sde")
 
 
 def _check_model(model: nn.Module, centered: bool, num_classes: int) -> None:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from dynamics import finest_step, probability_flow, reverse_sde, solve
+from dynamics import finest_step, probability_flow, reverse_sde, solve, state_scale
 from errors import check, invalid, lookup
 from parameterization import NoiseFn, ScoreFn, data_from_noise, score_from_noise
 from sde_lib import (
@@ -597,11 +597,6 @@ def interpolate(
   return weight(1 - w) * first[None] + weight(w) * second[None]
 
 
-def _finish(sde: SDE, y: Array, exponential: bool) -> Array:
-  """x at t_min from the state of a solve."""
-  return marginal(sde, sde.t_min)[0] * y if exponential else y
-
-
 def sample_ode(
   key: Keys,
   sde: SDE,
@@ -636,7 +631,7 @@ def sample_ode(
   latent = temperature * _start(keys, sde, shape, init, start)
   solution = solve(
     probability_flow(sde, score_fn, exponential=exponential),
-    latent / marginal(sde, start)[0] if exponential else latent,
+    latent / state_scale(sde, start, exponential),
     start,
     sde.t_min,
     solver=solver,
@@ -645,19 +640,32 @@ def sample_ode(
     max_steps=max_steps,
     args=labels,
   )
-  x = _finish(sde, solution.state, exponential)
+  x = solution.state * state_scale(sde, sde.t_min, exponential)
   return jnp.where(solution.ok, x, jnp.nan), solution.nfe
 
 
-# name: (diffrax solver of an SDE with additive noise, score evaluations per step, whether it can
-# choose its steps)
+# name: (diffrax solver of an SDE with additive noise, score evaluations per step)
 SDE_SOLVERS = {
-  "euler": (diffrax.Euler, 1, False),
-  "heun": (diffrax.Heun, 2, True),
-  "sea": (diffrax.SEA, 1, False),
-  "sra1": (diffrax.SRA1, 2, True),
-  "shark": (diffrax.ShARK, 2, True),
+  "euler": (diffrax.Euler, 1),
+  "heun": (diffrax.Heun, 2),
+  "sea": (diffrax.SEA, 1),
+  "sra1": (diffrax.SRA1, 2),
+  "shark": (diffrax.ShARK, 2),
 }
+# those that estimate their error, so that they can choose their steps
+ADAPTIVE_SDE_SOLVERS = {name: SDE_SOLVERS[name] for name in ("heun", "sra1", "shark")}
+
+
+def _stepping(sde: SDE, num_steps: int | None, spacing: str, rtol, atol, max_steps: int) -> dict:
+  """How diffrax goes from 0 to t_max - t_min: on the grid, or without num_steps adaptively."""
+  times = sde.t_max - time_grid(sde, num_steps or 1, spacing)
+  ends = {"t0": times[0], "t1": times[-1]}
+  if num_steps:
+    grid = diffrax.StepTo(times)
+    return {**ends, "dt0": None, "stepsize_controller": grid, "max_steps": num_steps}
+  control = diffrax.PIDController(rtol, atol, dtmin=finest_step(sde), force_dtmin=False)
+  first = 1e-3 * (times[-1] - times[0])
+  return {**ends, "dt0": first, "stepsize_controller": control, "max_steps": max_steps}
 
 
 def sample_sde(
@@ -689,34 +697,23 @@ def sample_sde(
     exponential: solve for x / alpha, whose drift has no linear part.
     refinable: that fixed Brownian path for `num_steps` too: slower, the same path for each number.
   """
-  method, evaluations, adapts = lookup(SDE_SOLVERS, solver, "solver")
-  legal = ", ".join(name for name, row in SDE_SOLVERS.items() if row[2])
-  check(bool(num_steps or adapts), "solver", solver, f"{legal}; or give num_steps")
-  keys, adaptive = example_keys(key, shape[0], first_index), num_steps is None
-  prior = _start(keys, sde, shape, init, sde.t_max)
-  times = sde.t_max - time_grid(sde, num_steps or 1, spacing)
-  control = diffrax.PIDController(rtol, atol, dtmin=finest_step(sde), force_dtmin=False)
-  kind = {"exponential": exponential, "refinable": refinable or adaptive}
+  method, evaluations = lookup(SDE_SOLVERS, solver, "solver")
+  legal = f"{', '.join(ADAPTIVE_SDE_SOLVERS)}; or give num_steps"
+  check(bool(num_steps) or solver in ADAPTIVE_SDE_SOLVERS, "solver", solver, legal)
+  stepping = _stepping(sde, num_steps, spacing, rtol, atol, max_steps)
+  kind = {"exponential": exponential, "refinable": refinable or num_steps is None}
+  keys = example_keys(key, shape[0], first_index)
+  start = _start(keys, sde, shape, init, sde.t_max) / state_scale(sde, sde.t_max, exponential)
 
   def one(key, y, label):
     batched = None if label is None else label[None]
     score = lambda x, t, _: score_fn(x[None], t, batched)[0]
-    solution = diffrax.diffeqsolve(
-      reverse_sde(sde, score, key, y.shape, **kind),
-      method(),
-      times[0],
-      times[-1],
-      dt0=1e-3 * (times[-1] - times[0]) if adaptive else None,
-      y0=y,
-      stepsize_controller=control if adaptive else diffrax.StepTo(times),
-      max_steps=num_steps or max_steps,
-      adjoint=diffrax.ForwardMode(),
-      throw=False,
-    )
+    terms = reverse_sde(sde, score, key, y.shape, **kind)
+    how = {"y0": y, "adjoint": diffrax.ForwardMode(), "throw": False}
+    solution = diffrax.diffeqsolve(terms, method(), **how, **stepping)
     ok = solution.result == diffrax.RESULTS.successful
     return jnp.where(ok, solution.ys[-1], jnp.nan), solution.stats["num_steps"]
 
-  scaled = prior / marginal(sde, sde.t_max)[0] if exponential else prior
   axes = 0, 0, None if labels is None else 0
-  y, steps = jax.vmap(one, axes)(fold_in(keys, 1), scaled, labels)
-  return _finish(sde, y, exponential), evaluations * steps.max()
+  y, steps = jax.vmap(one, axes)(fold_in(keys, 1), start, labels)
+  return y * state_scale(sde, sde.t_min, exponential), evaluations * steps.max()

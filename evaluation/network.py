@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 import training
 from experiment import abstract_init
-from models import dit, unet1d
+from models import dit
 from models.layers import adm, biggan, refinenet, unet
 
 RESIDUAL = "residual blocks"
@@ -23,17 +23,12 @@ KINDS = {
     unet.ResnetBlock,
     biggan.BigGANBlock,
     adm.ResBlock,
-    unet1d.ResnetBlock,
     refinenet.ResidualBlock,
   ),
   "attention blocks": (unet.AttentionBlock, adm.AttentionBlock),
   "transformer blocks": (dit.Block,),
   "RefineBlocks": (refinenet.RefineBlock,),
-  "resampling layers": (
-    *(unet.Downsample, unet.Upsample),
-    *(adm.Downsample, adm.Upsample),
-    *(unet1d.Downsample, unet1d.Upsample),
-  ),
+  "resampling layers": (unet.Downsample, unet.Upsample, adm.Downsample, adm.Upsample),
 }
 FIXED = (biggan.FourierEmbedding,)  # its parameters are drawn once and never trained
 MEMORIES = (8, 16, 24, 40, 80)  # GiB

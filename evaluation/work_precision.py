@@ -27,7 +27,7 @@ from evaluation import jobs
 from evaluation.two_sample import energy_test, frechet_test
 from parameterization import make_score_fn
 from sampling import SAMPLERS, sample, sample_ode, sample_sde, time_grid
-from sde_lib import example_keys, make_sde, marginal
+from sde_lib import SDE, example_keys, make_sde, marginal
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -90,9 +90,9 @@ def energy_distance(sde, x: np.ndarray) -> tuple[float, float]:
   return float(np.sqrt(2 * width * ((empirical - law) ** 2).sum())), float(np.sqrt(floor))
 
 
-def mixture_rows(process: str) -> Iterator[tuple[str, str, int, np.ndarray]]:
+def mixture_rows(sde: SDE) -> Iterator[tuple[str, str, int, np.ndarray]]:
   """(sampler, grid, evaluations, samples) of every sampler on the mixture."""
-  key, shape, sde = jax.random.key(0), (NUM_SAMPLES, 1), make_sde(process, **PROCESSES[process])
+  key, shape = jax.random.key(0), (NUM_SAMPLES, 1)
   noise_fn = mixture_noise_fn(sde)
   score_fn = make_score_fn(sde, noise_fn)
   for (label, (name, options, cost)), budget in itertools.product(STEPS.items(), BUDGETS):
@@ -115,7 +115,7 @@ def mixture_table() -> list[tuple[str, str, str, int, float, float]]:
   rows = []
   for process, args in PROCESSES.items():
     sde = make_sde(process, **args)
-    for label, spacing, nfe, x in mixture_rows(process):
+    for label, spacing, nfe, x in mixture_rows(sde):
       rows.append((process, label, spacing, int(nfe), *energy_distance(sde, np.asarray(x))))
     print(f"{process}: {sum(row[0] == process for row in rows)} runs", flush=True)
   return rows
@@ -150,14 +150,10 @@ def plot_mixture(rows, path: Path) -> None:
 
 # label: (sampler, options, steps); the comparison on a trained network, at most 20 evaluations
 FEW = {
-  "ancestral": ("ancestral", {}, 19),
-  "DDIM": ("ddim", {}, 19),
-  "EDM Heun": ("edm", {}, 9),
-  "DPM-Solver++ 2M": ("dpm_solver", {}, 19),
-  "DPM-Solver++ 2M SDE": ("dpm_solver", {"eta": 1.0}, 19),
-  "UniPC": ("unipc", {}, 19),
-  "UniPC, 10": ("unipc", {}, 9),
-}
+  label: (name, options, 20 // cost - 1)
+  for label, (name, options, cost) in STEPS.items()
+  if label in ("ancestral", "DDIM", "EDM Heun") or label.startswith(("DPM", "UniPC"))
+} | {"UniPC, 10": ("unipc", {}, 9)}
 # label: (sampler, options, steps, grid, denoise)
 CANDIDATES = {
   f"{label} ({grid})": (*choice, grid, "tweedie")

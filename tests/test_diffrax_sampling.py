@@ -83,7 +83,6 @@ def test_adaptive_steps_draw_the_data():
   assert x.std() == pytest.approx(std, rel=0.01 + 4 / np.sqrt(2 * n))
 
 
-@pytest.mark.exhaustive
 @pytest.mark.parametrize(("solver", "spacing"), [("euler", "log_snr"), ("shark", "time")])
 def test_exponential_form_is_the_process_of_x_over_alpha(x64, solver, spacing):
   """The same steps and noise on the process with alpha = 1 and sigma = r, up to the scale."""

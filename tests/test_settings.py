@@ -68,6 +68,25 @@ def test_right_arguments_pass():
       ["sampling.options.ancestral.eta", "variance"],
     ),
     ({"sampling__spacing": "x"}, ["sampling.spacing", "'karras'"]),
+    ({"sampling__spacing": "trained"}, ["spacing = 'trained'", "levels"]),
+    ({"sampling__skip": 1.0}, ["sampling.skip = 1.0", "below 1"]),
+    ({"sampling__init": "data"}, ["sampling.init", "'unit_uniform'"]),
+    ({"sampling__sampler": "reverse_sde", "sampling__skip": 0.1}, ["sampling.skip", "reverse_sde"]),
+    (
+      {"sampling__sampler": "reverse_sde", "sampling__options__reverse_sde": {"num_steps": 5}},
+      ["reverse_sde.num_steps = 5", "exponential"],
+    ),
+    (
+      {
+        "sampling__sampler": "adaptive_reverse_sde",
+        "sampling__options__adaptive_reverse_sde": {"solver": "sea"},
+      },
+      ["adaptive_reverse_sde.solver = 'sea'", "'heun', 'shark', 'sra1'"],
+    ),
+    (
+      {"sampling__options__ancestral__variance": "learned"},
+      ["ancestral.variance = 'learned'", "model.args.learned_variance=True"],
+    ),
     ({"sampling__denoise": "x"}, ["sampling.denoise", "'tweedie'"]),
     ({"likelihood__divergence": "x"}, ["likelihood.divergence", "'exact'"]),
     ({"likelihood__solver": "x"}, ["likelihood.solver", "'tsit5'"]),

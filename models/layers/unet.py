@@ -1,4 +1,7 @@
-"""Blocks shared by the U-Nets: time embedding, residual block, attention, resampling."""
+"""Blocks shared by the U-Nets: time embedding, residual block, attention, resampling.
+
+The axes between batch and channels, `*hw`, are those of an image or of a sequence.
+"""
 
 import math
 
@@ -20,15 +23,16 @@ def conv(
   features: int,
   kernel: int = 3,
   *,
+  rank: int = 2,
   stride: int = 1,
   scale: float = 1.0,
   padding: str = "SAME",
   dtype: str | None = None,
   name: str | None = None,
 ) -> Conv:
-  """Square convolution with the initialisation of Ho et al. 2020."""
+  """Convolution over `rank` axes alike, with the initialisation of Ho et al. 2020."""
   init = variance_scaling(scale)
-  size, strides = (kernel, kernel), (stride, stride)
+  size, strides = (kernel,) * rank, (stride,) * rank
   return Conv(features, size, strides, padding, kernel_init=init, dtype=dtype, name=name)
 
 
@@ -107,8 +111,8 @@ def add(x: Float[Array, "*d"], h: Float[Array, "*d"], rescale: bool) -> Float[Ar
 
 
 class ResnetBlock(nn.Module):
-  """Two normalised 3x3 convolutions with a time shift between them and a residual connection (Ho et
-  al. 2020, appendix B).
+  """Two normalised convolutions of width 3 with a time shift between them and a residual connection
+  (Ho et al. 2020, appendix B).
 
   Attributes:
     skip_rescale: divide the sum by sqrt(2).
@@ -126,15 +130,17 @@ class ResnetBlock(nn.Module):
 
   @nn.compact
   def __call__(
-    self, x: Float[Array, "b h w c"], embedding: Float[Array, "b e"] | None, train: bool
-  ) -> Float[Array, "b h w f"]:
-    """Returns [b, h, w, features]; `embedding` [b, e] or None for a network blind to time."""
+    self, x: Float[Array, "b *hw c"], embedding: Float[Array, "b e"] | None, train: bool
+  ) -> Float[Array, "b *hw f"]:
+    """Returns [b, *hw, features]; `embedding` [b, e] or None for a network blind to time."""
     norm = lambda h: group_norm(h.shape[-1], group_size=self.group_size, dtype=self.dtype)(h)
-    h = conv(self.features, dtype=self.dtype)(nn.swish(norm(x)))
+    rank = x.ndim - 2
+    h = conv(self.features, rank=rank, dtype=self.dtype)(nn.swish(norm(x)))
     if embedding is not None:
-      h += dense(self.features, dtype=self.dtype)(nn.swish(embedding))[:, None, None, :]
+      shift = dense(self.features, dtype=self.dtype)(nn.swish(embedding))
+      h += jnp.expand_dims(shift, range(1, rank + 1))
     h = nn.Dropout(self.dropout)(nn.swish(norm(h)), deterministic=not train)
-    h = conv(self.features, scale=self.init_scale, dtype=self.dtype)(h)
+    h = conv(self.features, rank=rank, scale=self.init_scale, dtype=self.dtype)(h)
     if x.shape[-1] != self.features:
       x = dense(self.features, dtype=self.dtype, name="shortcut")(x)
     return add(x, h, self.skip_rescale)
@@ -156,22 +162,21 @@ class AttentionBlock(nn.Module):
   dtype: str | None = None
 
   @nn.compact
-  def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+  def __call__(self, x: Float[Array, "b *hw c"]) -> Float[Array, "b *hw c"]:
     """Keeps the shape."""
-    b, h, w, c = x.shape
-    pixels = group_norm(c, group_size=self.group_size, dtype=self.dtype)(x).reshape(b, h * w, 1, c)
+    b, c = x.shape[0], x.shape[-1]
+    pixels = group_norm(c, group_size=self.group_size, dtype=self.dtype)(x).reshape(b, -1, 1, c)
     query, key, value = (
       dense(c, scale=self.qkv_scale, dtype=self.dtype, name=name)(pixels)
       for name in ("query", "key", "value")
     )
-    out = jax.nn.dot_product_attention(query, key, value).reshape(b, h, w, c)
+    out = jax.nn.dot_product_attention(query, key, value).reshape(x.shape)
     out = dense(c, scale=self.init_scale, dtype=self.dtype, name="out")(out)
     return add(x, out, self.skip_rescale)
 
 
 class Downsample(nn.Module):
-  """Halves height and width: stride-2 convolution, or 2x2 average pooling; with a filter before
-  it.
+  """Halves every axis: stride-2 convolution, or averages of pairs; with a filter before it.
 
   Attributes:
     features: channels after the convolution, None keeps them.
@@ -184,19 +189,20 @@ class Downsample(nn.Module):
   dtype: str | None = None
 
   @nn.compact
-  def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 f"]:
-    """[b, h, w, c] -> [b, h / 2, w / 2, features]."""
+  def __call__(self, x: Float[Array, "b *hw c"]) -> Float[Array, "b *hw2 f"]:
+    """[b, h, ..., c] -> [b, h / 2, ..., features]."""
     if not self.with_conv:
       return fir.downsample(x, self.fir_kernel or (1, 1))
     if self.fir_kernel:
       x = fir.smooth(x, self.fir_kernel)
     padding = "VALID" if self.fir_kernel else "SAME"
     features = self.features or x.shape[-1]
-    return conv(features, stride=2, padding=padding, dtype=self.dtype)(x)
+    rank = x.ndim - 2
+    return conv(features, rank=rank, stride=2, padding=padding, dtype=self.dtype)(x)
 
 
 class Upsample(nn.Module):
-  """Doubles height and width: nearest neighbour or filtered, then a convolution by option.
+  """Doubles every axis: nearest neighbour or filtered, then a convolution by option.
 
   Attributes: as for `Downsample`.
   """
@@ -207,11 +213,12 @@ class Upsample(nn.Module):
   dtype: str | None = None
 
   @nn.compact
-  def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 f"]:
-    """[b, h, w, c] -> [b, 2 h, 2 w, features]."""
+  def __call__(self, x: Float[Array, "b *hw c"]) -> Float[Array, "b *hw2 f"]:
+    """[b, h, ..., c] -> [b, 2 h, ..., features]."""
     features = self.features or x.shape[-1]
     filtered_conv = bool(self.with_conv and self.fir_kernel)
     x = fir.upsample(x, self.fir_kernel or (1, 1), margin=int(filtered_conv))
     if not self.with_conv:
       return x
-    return conv(features, padding="VALID" if filtered_conv else "SAME", dtype=self.dtype)(x)
+    padding = "VALID" if filtered_conv else "SAME"
+    return conv(features, rank=x.ndim - 2, padding=padding, dtype=self.dtype)(x)
