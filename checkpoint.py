@@ -10,20 +10,27 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy, save_decis
 
 from errors import RunError
 
-logging.getLogger("absl").setLevel(logging.ERROR)  # orbax tells every step of every save
+logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax tells every step of every save
+
+STATE = "state"
+
+
+def average(index: int) -> str:
+  """The item of a checkpoint that holds one of the averages of the parameters."""
+  return f"ema{index}"
 
 
 class Checkpoints:
-  """The checkpoints of a run below `directory`: the train state, and the EMA parameters as an item
-  of their own.
+  """The checkpoints of a run below `directory`: the train state, and each average of the parameters
+  as an item of its own.
 
   Use as a context manager: leaving it waits for the last save.
 
   Args:
-    keep: how many of the newest checkpoints stay.
+    keep: how many of the newest checkpoints stay; None: all.
   """
 
-  def __init__(self, directory: str | Path, *, keep: int = 2, read_only: bool = False):
+  def __init__(self, directory: str | Path, *, keep: int | None = 2, read_only: bool = False):
     self.directory = Path(directory).absolute()
     self._manager = ocp.CheckpointManager(
       self.directory,
@@ -36,44 +43,95 @@ class Checkpoints:
       ),
     )
 
+  def steps(self) -> list[int]:
+    """The complete steps. A half-deleted step has lost its commit file: not counted."""
+    steps = self._manager.all_steps(read=True) if self.directory.is_dir() else []
+    return sorted(s for s in steps if (self.directory / str(s) / "commit_success.txt").exists())
+
   def latest(self) -> int | None:
-    """The newest complete step, None without one. A half-deleted step has lost its commit file: not
-    counted.
-    """
-    steps = self._manager.all_steps() if self.directory.is_dir() else []
-    complete = (s for s in steps if (self.directory / str(s) / "commit_success.txt").exists())
-    return max(complete, default=None)
+    """The newest complete step, None without one."""
+    return max(self.steps(), default=None)
 
   def save(self, step: int, state: PyTree) -> None:
     """Writes `state` (a `TrainState`) in the background; donating it afterwards is safe."""
-    if step == self.latest():
+    averages = {average(i): tree for i, tree in enumerate(state.ema_params)}
+    self.save_items(step, {STATE: state._replace(ema_params=None)} | averages)
+
+  def save_items(self, step: int, items: dict[str, PyTree]) -> None:
+    """Writes named trees in the background; a step that is there stays as it is."""
+    if step in self.steps():
       return
-    resume = state._replace(ema_params=None)
-    items = {"state": ocp.args.StandardSave(resume), "ema": ocp.args.StandardSave(state.ema_params)}
-    self._manager.save(step, args=ocp.args.Composite(**items))
+    args = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
+    try:
+      self._manager.save(step, args=ocp.args.Composite(**args))
+    except Exception as error:  # of the save before: whatever the file system raises
+      raise self._unwritten(error) from error
 
   def restore(self, step: int, target: PyTree) -> PyTree:
     """The `TrainState` saved at `step`, in the shapes, dtypes and shardings of `target` (abstract
     or real).
     """
-    resume = self._read(step, "state", target._replace(ema_params=None))
-    return resume._replace(ema_params=self._read(step, "ema", target.ema_params))
+    resume = self.restore_item(step, STATE, target._replace(ema_params=None))
+    averages = enumerate(target.ema_params)
+    read = tuple(self.restore_item(step, average(i), tree) for i, tree in averages)
+    return resume._replace(ema_params=read)
 
-  def restore_ema(self, step: int, target: PyTree) -> PyTree:
-    """The EMA parameters saved at `step`, in the shapes, dtypes and shardings of `target`."""
-    return self._read(step, "ema", target)
+  def restore_newest(self, target: PyTree) -> tuple[int, PyTree] | None:
+    """(step, state) of the newest checkpoint that can be read, None where there is none; those that
+    cannot be are moved out of the way and said.
+    """
+    steps = self.steps()
+    for step in reversed(steps):
+      try:
+        return step, self.restore(step, target)
+      except RunError as error:
+        failure = error
+        if step != steps[0]:
+          aside = self.directory.with_name("unreadable") / str(step)
+          print(f"{error}\n  the one before it is taken; this one is kept as {aside}", flush=True)
+          self._put_aside(step, aside)
+    if steps:
+      raise failure
+    return None
 
-  def _read(self, step, item, target):
+  def _put_aside(self, step: int, aside: Path) -> None:
+    aside.parent.mkdir(exist_ok=True)
+    (self.directory / str(step)).rename(aside)
+    self._manager.reload()
+
+  def restore_item(self, step: int, item: str, target: PyTree) -> PyTree:
+    """One named tree of the step, in the shapes, dtypes and shardings of `target`."""
     abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, target)
     try:
       args = ocp.args.Composite(**{item: ocp.args.StandardRestore(abstract)})
       return self._manager.restore(step, args=args)[item]
-    except (ValueError, KeyError, FileNotFoundError) as error:
-      raise RunError(f"checkpoint {self.directory}/{step} cannot be read: {error}") from error
+    except Exception as error:  # a damaged file can raise anything
+      first = str(error).splitlines()[0] if str(error) else type(error).__name__
+      raise RunError(f"checkpoint {self.directory}/{step} cannot be read: {first}") from error
+
+  def _unwritten(self, error: Exception) -> RunError:
+    reason = str(error).splitlines()[0][:300] if str(error) else type(error).__name__
+    return RunError(
+      f"a checkpoint could not be written below {self.directory}: {reason}\n"
+      f"  kept:  the checkpoints of the steps {', '.join(map(str, self.steps())) or 'none'}\n"
+      "  mend:  make room there; the same command goes on from the newest of them"
+    )
+
+  def wait(self) -> None:
+    """Returns when the last save is complete."""
+    try:
+      self._manager.wait_until_finished()
+    except Exception as error:  # whatever the file system raises
+      raise self._unwritten(error) from error
 
   def __enter__(self):
     return self
 
-  def __exit__(self, *_):
-    self._manager.wait_until_finished()
-    self._manager.close()
+  def __exit__(self, kind, *_):
+    try:
+      self.wait()
+    except RunError:
+      if kind is None:  # else the first failure is the one to tell
+        raise
+    finally:
+      self._manager.close()

@@ -117,7 +117,8 @@ def _match(model, shape, mapping: Callable, arrays: Arrays) -> tuple[PyTree, lis
   """The parameters, and a line for everything that is missing, left over or of another shape."""
   args = jax.random.key(0), jnp.zeros((1, *shape)), jnp.zeros(1)
   wanted = flatten_dict(jax.eval_shape(model.init, *args)["params"], sep="/")
-  sources, left, params, problems = mapping(model, shape), dict(arrays), {}, []
+  sources, params, problems = mapping(model, shape), {}, []
+  left = {name: array for name, array in arrays.items() if name not in edm.OPTIONAL}
   for path, leaf in wanted.items():
     if path not in sources:
       problems.append(f"missing: the format has nothing for {path} {leaf.shape}")

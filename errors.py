@@ -13,6 +13,10 @@ class RunError(RuntimeError):
   """
 
 
+class Stopped(Exception):
+  """The run was asked to end and has saved its state: no error."""
+
+
 def invalid(field: str, value, legal: str, mend: str = "") -> ConfigError:
   """The message of every rejected setting: field, value, what is legal, how to mend it."""
   return ConfigError(

@@ -17,8 +17,12 @@ from jaxtyping import Array, PyTree
 from ml_collections import ConfigDict
 
 import data
+import devices
+import ema
 import losses
 import models
+import optimizers
+import run_log
 import training
 from dynamics import SOLVERS
 from errors import ConfigError, check, invalid, lookup
@@ -69,9 +73,9 @@ class Experiment:
   @property
   def transform(self) -> data.Transform:
     """Between the stored values and the network's."""
-    return data.transform_of(self.config.data.name, self.config.data.centered)
+    return data.transform_of(self.spec, self.config.data.centered)
 
-  def labels(self, labels: Array) -> Array | None:
+  def labels(self, labels: Array | None) -> Array | None:
     """Of examples, where the network has classes."""
     return labels if getattr(self.model, "num_classes", 0) else None
 
@@ -85,24 +89,27 @@ class Experiment:
     return math.prod(self.spec.shape)
 
   def abstract_ema(self) -> PyTree:
-    """Shapes and shardings of the EMA parameters: the target of a restore."""
-    optimizer = training.make_optimizer(self.config)
-    return training.abstract_state(self.model, optimizer, self.spec.shape, self.mesh).ema_params
+    """Shapes and shardings of an average of the parameters: the target of a restore."""
+    return training.on_mesh(abstract_init(self.model, self.spec.shape)[1], self.mesh)
 
-  def _over_devices(self, function: Callable, num_batched: int) -> Callable:
+  def over_devices(self, function: Callable, num_batched: int) -> Callable:
     """Jits function(params, *batched), each device with its part of the leading axis of `batched`,
-    at full matmul precision.
+    at full matmul precision. On several hosts each gives the whole of `batched`.
     """
-    specs = (PartitionSpec(), *[PartitionSpec("data")] * num_batched)
+    batched = devices.batch_spec(self.mesh)
+    specs = (PartitionSpec(), *[batched] * num_batched)
     mapped = jax.shard_map(
-      function, mesh=self.mesh, in_specs=specs, out_specs=PartitionSpec("data"), check_vma=False
+      function, mesh=self.mesh, in_specs=specs, out_specs=batched, check_vma=False
     )
 
+    @jax.jit
     def call(*args):
       with jax.default_matmul_precision("highest"):
         return mapped(*args)
 
-    return jax.jit(call)
+    if jax.process_count() == 1:
+      return call
+    return lambda params, *batched: call(params, *devices.replicated(batched, self.mesh))
 
   @property
   def times(self) -> Array:
@@ -151,7 +158,7 @@ class Experiment:
         x, nfe = sample(keys, sde, noise_fn, shape, denoise=denoise, **given, **self._run())
       return x, jnp.full(shape[0], nfe)
 
-    return self._over_devices(draw, 1)
+    return self.over_devices(draw, 1)
 
   @functools.cached_property
   def trajectory(self) -> Callable[[PyTree, Keys], Array]:
@@ -177,7 +184,7 @@ class Experiment:
       score_fn, given = make_score_fn(self.sde, self.noise_fn(params)), self.labels(labels)
       return log_likelihood(keys, self.sde, score_fn, x, labels=given, **options)
 
-    return self._over_devices(evaluate, 3)
+    return self.over_devices(evaluate, 3)
 
 
 def _make_model(config: ConfigDict) -> nn.Module:
@@ -213,7 +220,9 @@ NAMES = (
   (C_NOISE, "parameterization.c_noise"),
   (losses.WEIGHTINGS, "loss.weighting"),
   (losses.TIME_SAMPLERS, "loss.time_sampler"),
-  (training.SCHEDULES, "optimizer.schedule"),
+  (losses.OBJECTIVES, "loss.objective"),
+  (optimizers.OPTIMIZERS, "optimizer.name"),
+  (optimizers.SCHEDULES, "optimizer.schedule"),
   (SAMPLERS | SOLVES, "sampling.sampler"),
   (INITS, "sampling.init"),
   (SPACINGS, "sampling.spacing"),
@@ -221,7 +230,23 @@ NAMES = (
   (DIVERGENCES, "likelihood.divergence"),
   (SOLVERS, "likelihood.solver"),
 )
-MAY_BE_ZERO = ("seed", "skip", "warmup_steps", "beta1", "beta2", "half_life_images")
+MAY_BE_ZERO = (
+  "seed",
+  "skip",
+  "warmup_steps",
+  "ramp_up",
+  "snapshot_every",
+  "use",
+  "post_hoc",
+  "batch_per_device",
+  "memory_gib",
+  "sample_every",
+  "evaluate_every",
+  "frechet_samples",
+  "profile_steps",
+  "peak_tflops",
+  "num_examples",
+)
 
 
 def _check_values(config: ConfigDict, num_devices: int) -> None:
@@ -241,6 +266,49 @@ def _check_values(config: ConfigDict, num_devices: int) -> None:
     legal = f"a multiple of the {num_devices} devices"
     mend = f"set --config.{section}.batch_size to {nearest}"
     check(size % num_devices == 0, f"{section}.batch_size", size, legal, mend)
+
+
+def _check_levels(config: ConfigDict, sde: SDE) -> None:
+  """What is defined on the levels of a discrete-time model has them."""
+  settings, of_levels = config.loss, ("levels", losses.LOSS_AWARE)
+  bound = settings.objective in ("vlb", "hybrid")
+  if bound or settings.time_sampler == "levels":
+    field = "objective" if bound else "time_sampler"
+    legal = f"for processes with levels, such as ddpm or iddpm: sde.name is {config.sde.name!r}"
+    check(sde.times is not None, f"loss.{field}", settings[field], legal)
+  if bound:
+    legal, sampler = f"with loss.objective={settings.objective}: {of_levels}", settings.time_sampler
+    check(sampler in of_levels, "loss.time_sampler", sampler, legal)
+    legal = f"False with loss.objective={settings.objective}: its decoder is of the stored values"
+    check(not config.training.dequantize, "training.dequantize", True, legal)
+
+
+def _check_training(config: ConfigDict, sde: SDE, model: nn.Module, spec: data.Spec) -> None:
+  """The objective and the optimizer with their options, the averages, what the network must have
+  for what the training asks.
+  """
+  settings = config.loss
+  tables = losses.OBJECTIVES, losses.WEIGHTINGS, losses.TIME_SAMPLERS
+  for table, field in zip(tables, ("objective", "weighting", "time_sampler")):
+    name = settings[field]
+    _check_arguments(f"loss.options.{name}", settings.options.get(name, {}), table[name])
+  _check_levels(config, sde)
+  optimizers.make_optimizer(config, sde)
+  run_log.check_wandb(config.training.wandb)
+  count, share = len(ema.decays(config)), settings.label_dropout
+  check(count > 0, "ema.half_life_images", (), "a half-life at least, or an ema.sigma_rel")
+  check(config.ema.use < count, "ema.use", config.ema.use, f"a number below {count}, from 0")
+  null = bool(getattr(model, "num_classes", 0)) and getattr(model, "null_class", True)
+  legal = "0: the network has no row for 'no class'"
+  check(not share or null, "loss.label_dropout", share, legal, "model.args.null_class=True")
+  check(0 <= share < 1, "loss.label_dropout", share, "a probability below 1")
+  p, images = config.data.augment, len(spec.shape) == 3
+  check(0 <= p <= 1, "data.augment", p, "a probability; 0: no augmentation")
+  legal = f"0 for data of shape {spec.shape}: it is for images"
+  check(images or not (p or config.data.flip), "data.augment, data.flip", p, legal)
+  told = getattr(model, "augment_dim", 0)
+  legal = f"0 with model.args.augment_dim = {told}"
+  check(not p or told == 9, "data.augment", p, legal, "set model.args.augment_dim to 9")
 
 
 def _check_sampler(config: ConfigDict, sde: SDE) -> None:
@@ -277,11 +345,17 @@ def _check_output(config: ConfigDict, found: tuple[int, ...], shape: tuple[int, 
   double = (*shape[:-1], 2 * shape[-1])
   if found not in (shape, double):
     raise ConfigError(f"model {config.model.name!r} maps images of {shape} to {found}")
-  options = config.sampling.options.get(config.sampling.sampler, {})
-  if options.get("variance") == "learned" and found != double:
-    field, legal = "sampling.options.ancestral.variance", "posterior, beta"
-    mend = "take a network that predicts the variance: model.args.learned_variance=True"
-    raise invalid(field, "learned", f"{legal}: the network predicts no variance", mend)
+  sampler, objective = config.sampling.sampler, config.loss.objective
+  learned = lambda options, name: options.get(name, {}).get("variance") == "learned"
+  asked = {
+    f"sampling.options.{sampler}.variance": learned(config.sampling.options, sampler),
+    f"loss.options.{objective}.variance": learned(config.loss.options, objective),
+    "loss.objective": objective == "hybrid",
+  }
+  mend = "take a network that predicts the variance: model.args.learned_variance=True"
+  legal = "another one: the network predicts no variance"
+  for field, is_asked in asked.items():
+    check(not is_asked or found == double, field, "learned", legal, mend)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -301,9 +375,12 @@ def abstract_init(model: nn.Module, shape: tuple[int, ...]) -> tuple[Any, PyTree
   return out, variables["params"]
 
 
-def outline(config: ConfigDict) -> Outline:
-  """Checks everything that can be checked without data; a `ConfigError` tells what cannot work
-  before anything compiles.
+def outline(config: ConfigDict, spec: data.Spec | None = None) -> Outline:
+  """Checks everything that can be checked without reading the data; a `ConfigError` tells what
+  cannot work before anything compiles.
+
+  Args:
+    spec: what the data were when the network was trained; None: asks them.
   """
   _check_values(config, jax.device_count())
   variants = "each process has its own sde.args: choose a variant, --config=<file>:<process>"
@@ -314,7 +391,8 @@ def outline(config: ConfigDict) -> Outline:
   if c_noise in tabled and sde.times is None:
     others = ", ".join(sorted(C_NOISE.keys() - tabled))
     raise invalid("parameterization.c_noise", c_noise, f"{others}: {config.sde.name!r} has no grid")
-  model, spec = _make_model(config.model), data.declared(config.data)
+  model, spec = _make_model(config.model), spec or data.declared(config.data)
+  _check_training(config, sde, model, spec)
   for section in ("likelihood", "evaluation"):
     lookup(dict.fromkeys(spec.splits), config[section].split, f"{section}.split")
   _check_model(model, config.data.centered, spec.num_classes)
@@ -326,7 +404,8 @@ def outline(config: ConfigDict) -> Outline:
   return Outline(sde, model, spec)
 
 
-def build(config: ConfigDict) -> Experiment:
+def build(config: ConfigDict, spec: data.Spec | None = None) -> Experiment:
   """The objects of a run, checked as by `outline`."""
-  parts = outline(config)
-  return Experiment(config, parts.sde, parts.model, parts.spec, training.data_mesh())
+  parts = outline(config, spec)
+  mesh = devices.make_mesh(config.training.fsdp)
+  return Experiment(config, parts.sde, parts.model, parts.spec, mesh)

@@ -13,7 +13,7 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 import settings
-from errors import ConfigError, RunError
+from errors import ConfigError, RunError, Stopped
 from evaluation import records
 
 logging.set_verbosity(logging.ERROR)
@@ -49,13 +49,16 @@ def work(config: ConfigDict, workdir: Path, mode: str, wanted: list[str]) -> dic
   cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", "~/.cache/pakhsh/compiled")
   jax.config.update("jax_compilation_cache_dir", os.path.expanduser(cache))
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
-  from evaluation import importing, inspection, jobs, validation
+  import devices
+
+  devices.start(flags.FLAGS.coordinator, flags.FLAGS.num_processes, flags.FLAGS.process_id)
+  from evaluation import importing, inspection, jobs, trained, validation
 
   if mode == "import":
     return importing.run(config, workdir)
   if mode in settings.UNTRAINED:
     return {"inspect": inspection.run, "validate": validation.run}[mode](config)
-  job = jobs.start(config, workdir, train=mode in ("train", "run"))
+  job = trained.start(config, workdir, train=mode in ("train", "run"))
   return {name: jobs.JOBS[name](job) for name in wanted}
 
 
@@ -65,6 +68,8 @@ def main(_: list[str]) -> None:
     run(flags.FLAGS.mode, Path(flags.FLAGS.workdir))
   except (ConfigError, RunError) as error:
     sys.exit(f"error: {error}")
+  except Stopped as stopped:
+    print(f"{stopped}; the same command goes on from there", flush=True)
   except KeyboardInterrupt:
     sys.exit("\ninterrupted; the same command goes on from the last checkpoint")
 
@@ -76,5 +81,8 @@ if __name__ == "__main__":
     sys.exit(f"error: {error}")
   config_flags.DEFINE_config_file("config", settings.DEFAULT_CONFIG, "The experiment.")
   flags.DEFINE_string("workdir", "runs/digits", "Checkpoints, pictures and results.")
+  flags.DEFINE_string("coordinator", "", "host:port of process 0, to run on several hosts.")
+  flags.DEFINE_integer("num_processes", 1, "How many processes the run has.")
+  flags.DEFINE_integer("process_id", 0, "Which of them this is.")
   flags.DEFINE_enum("mode", "run", settings.MODES, "run: train and all the others.")
   app.run(main)

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
-from errors import lookup
-from sde_lib import SDE, Time, expand, log_snr, marginal
+from errors import check, lookup
+from sde_lib import SDE, Time, expand, log_snr, marginal, posterior
 
 NoiseFn = Callable  # (x [b, *d], t scalar or [b], labels=None) -> predicted noise [b, *d]
 ScoreFn = Callable  # the same arguments -> score [b, *d]
@@ -65,6 +65,7 @@ def make_noise_fn(
   train: bool = False,
   rngs=None,
   sigma_data: float = 0.5,
+  inputs: dict | None = None,
 ) -> NoiseFn:
   """The noise prediction (x [b, *d], t scalar or [b], labels [b] or None) -> noise_hat [b, *d] of a
   network.
@@ -78,6 +79,8 @@ def make_noise_fn(
     output: what the network predicts, a name in `OUTPUTS`.
     c_noise: what it is told about time, a name in `C_NOISE`.
     sigma_data: std of the data, used by the output "edm" only.
+    inputs: further keyword arguments of the network, such as {"augmentation": conditions [b, 9]} of
+      `augment.augment`; the same at every call.
   """
   coefficients, tell = (
     lookup(OUTPUTS, output, "parameterization.output"),
@@ -87,7 +90,8 @@ def make_noise_fn(
   def with_variance(x: Float[Array, "b *d"], t: Time, labels=None):
     t = jnp.broadcast_to(jnp.asarray(t, x.dtype), x.shape[:1])
     c_in, c_skip, c_out = (expand(c, x) for c in coefficients(*marginal(sde, t), sigma_data))
-    out = model.apply({"params": params}, c_in * x, tell(sde, t), labels, train, rngs=rngs)
+    told = tell(sde, t), labels, train
+    out = model.apply({"params": params}, c_in * x, *told, rngs=rngs, **(inputs or {}))
     channels = x.shape[-1]
     noise = c_skip * x + c_out * out[..., :channels]
     return noise, 0.5 * (1 + out[..., channels:]) if out.shape[-1] == 2 * channels else None
@@ -110,6 +114,36 @@ def data_from_noise(
   """The predicted clean data E[x_0 | x_t] = (x - sigma(t) noise) / alpha(t)."""
   alpha, sigma = marginal(sde, t)
   return (x - expand(sigma, x) * noise) / expand(alpha, x)
+
+
+def _with_variance(noise_fn: NoiseFn, *at):
+  both = getattr(noise_fn, "with_variance", lambda *_: (None, None))(*at)
+  legal = "beta, posterior: the network predicts no variance"
+  check(both[1] is not None, "variance", "learned", legal)
+  return both
+
+
+# name: (noise_fn, x, t, ...) -> (noise_hat, v): log var = v log beta + (1 - v) log beta~ of a
+# reverse step, where beta~ is that of q(x_s | x_t, x_0) and beta that of q(x_t | x_s)
+VARIANCES = {
+  "posterior": lambda noise_fn, *at: (noise_fn(*at), 0.0),
+  "beta": lambda noise_fn, *at: (noise_fn(*at), 1.0),
+  "learned": _with_variance,
+}
+
+
+def reverse_kernel(
+  sde: SDE, x: Float[Array, "b *d"], noise: Array, v: Array | float, t: Time, s: Time, clip: bool
+) -> tuple[Float[Array, "b *d"], Array]:
+  """Mean and std of p(x_s | x_t), s < t: q(x_s | x_t, x_0) at the predicted data (Ho et al. 2020,
+  eq. 11), its std times (sigma_t / sigma_s)^v (Nichol & Dhariwal 2021, eq. 15).
+
+  beta / beta~ = (sigma_t / sigma_s)^2 for every process. `v` is a number or of the shape of x; std
+  is of the rank of x, or a scalar; `clip` keeps the predicted data in [-1, 1].
+  """
+  data = data_from_noise(sde, x, noise, t)
+  mean, std = posterior(sde, x, jnp.clip(data, -1, 1) if clip else data, t, s)
+  return mean, expand(std, x) * expand(marginal(sde, t)[1] / marginal(sde, s)[1], x) ** v
 
 
 def make_score_fn(sde: SDE, noise_fn: NoiseFn) -> ScoreFn:

@@ -15,7 +15,14 @@ from jaxtyping import Array, Float, Int
 
 from dynamics import finest_step, probability_flow, reverse_sde, solve, state_scale
 from errors import check, invalid, lookup
-from parameterization import NoiseFn, ScoreFn, data_from_noise, score_from_noise
+from parameterization import (
+  VARIANCES,
+  NoiseFn,
+  ScoreFn,
+  data_from_noise,
+  reverse_kernel,
+  score_from_noise,
+)
 from sde_lib import (
   SDE,
   Keys,
@@ -67,15 +74,6 @@ def euler_maruyama(sde: SDE, temperature: float = 1.0) -> Step:
   return step
 
 
-# name: (noise_fn, x, t) -> (noise_hat, v): the variance is sigma_t^2v / sigma_s^2v times that of
-# q(x_s | x_t, x_0)
-VARIANCES = {
-  "posterior": lambda noise_fn, x, t: (noise_fn(x, t), 0.0),
-  "beta": lambda noise_fn, x, t: (noise_fn(x, t), 1.0),
-  "learned": lambda noise_fn, x, t: noise_fn.with_variance(x, t),
-}
-
-
 def ancestral(
   sde: SDE, variance: str = "posterior", clip: bool = False, temperature: float = 1.0
 ) -> Step:
@@ -92,9 +90,8 @@ def ancestral(
 
   def step(key, noise_fn, state, t, s):
     noise, v = predict(noise_fn, state.x, t)
-    data = data_from_noise(sde, state.x, noise, t)
-    mean, std = posterior(sde, state.x, jnp.clip(data, -1, 1) if clip else data, t, s)
-    return _noised(key, mean, temperature * std * (marginal(sde, t)[1] / marginal(sde, s)[1]) ** v)
+    mean, std = reverse_kernel(sde, state.x, noise, v, t, s, clip)
+    return _noised(key, mean, temperature * std)
 
   return step
 
@@ -460,10 +457,7 @@ class _Counted:
 
   def with_variance(self, x, t):
     self.calls += 1
-    both = getattr(self.noise_fn, "with_variance", lambda *_: (None, None))(x, t, self.labels)
-    legal = ", ".join(sorted(VARIANCES.keys() - {"learned"})) + ": the network predicts no variance"
-    check(both[1] is not None, "variance", "learned", legal)
-    return both
+    return VARIANCES["learned"](self.noise_fn, x, t, self.labels)
 
 
 def _uniform(low: float) -> Callable:

@@ -28,11 +28,25 @@ FREE = (
   "evaluation",
   "import_",
   "data.dir",
+  "data.num_workers",
+  "ema.use",
+  "ema.post_hoc",
+  "ema.snapshot_every",
   "training.num_steps",
+  "training.batch_per_device",
+  "training.memory_gib",
+  "training.steps_per_call",
+  "training.fsdp",
+  "training.max_skipped",
   "training.log_every",
   "training.sample_every",
+  "training.evaluate_every",
+  "training.frechet_samples",
   "training.checkpoint_every",
   "training.keep_checkpoints",
+  "training.profile_steps",
+  "training.peak_tflops",
+  "training.wandb",
 )
 
 
@@ -157,6 +171,7 @@ def digest(config: ConfigDict, *sections: str) -> str:
   """Twelve hex digits that change with anything that changes the weights, or with one of the free
   `sections`.
   """
+  sections = (*sections, "ema.")  # which average is used
   kept = {k: v for k, v in flatten(config).items() if not _free(k) or k.startswith(sections)}
   return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:12]
 

@@ -1,9 +1,11 @@
-"""Training: the state, the optimizer, the train step mapped over all devices, the loop."""
+"""Training: the state, the train step mapped over all devices, the loop."""
 
+import collections
 import contextlib
-import json
-import time
-from collections.abc import Callable
+import functools
+import inspect
+import itertools
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,66 +14,33 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import optax
-import tensorboardX
 from flax import linen as nn
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int, PyTree
-from tqdm import tqdm
 
+import augment
 import data
+import devices
+import ema
 import losses
-from checkpoint import Checkpoints
-from errors import RunError, lookup
+from checkpoint import Checkpoints, average
+from errors import RunError, Stopped, lookup
+from optimizers import learning_rate, loss_history, make_optimizer
 from parameterization import make_noise_fn
+from run_control import Profiler, Stop
+from run_log import MetricsWriter, Progress
 from sde_lib import SDE, example_keys, fold_in
 
 
 class TrainState(NamedTuple):
   """What a run carries from step to step; hyper-parameters come from the config, keys from the
-  step.
+  step. `ema_params` holds one tree for each average of `ema.decays`.
   """
 
   step: Int[Array, ""]
   params: PyTree
   opt_state: PyTree
-  ema_params: PyTree
-
-
-# name: (peak, number of steps) -> schedule after the warm-up
-SCHEDULES = {
-  "constant": lambda peak, num_steps: optax.constant_schedule(peak),
-  "cosine": lambda peak, num_steps: optax.cosine_decay_schedule(peak, num_steps),
-}
-
-
-def learning_rate(config: ml_collections.ConfigDict) -> optax.Schedule:
-  """Step (from 0) -> learning rate: linear warm-up (step + 1) / warmup_steps times the named
-  schedule.
-  """
-  settings = config.optimizer
-  schedule = lookup(SCHEDULES, settings.schedule, "optimizer.schedule")
-  decay = schedule(settings.learning_rate, config.training.num_steps)
-  return lambda step: jnp.minimum(1.0, (step + 1) / max(1, settings.warmup_steps)) * decay(step)
-
-
-def make_optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransformation:
-  """Adam on gradients clipped by their global norm."""
-  settings = config.optimizer
-  adam = optax.adam(learning_rate(config), b1=settings.beta1, b2=settings.beta2, eps=settings.eps)
-  return optax.chain(optax.clip_by_global_norm(settings.grad_clip), adam)
-
-
-def ema_decay(step: Array, batch_size: int, half_life_images: float, ramp_up: float) -> Array:
-  """0.5^(batch / half-life) with the half-life at most `ramp_up` times the images seen (Karras et
-  al. 2022, appendix F.2).
-  """
-  seen = (step + 1) * batch_size
-  return 0.5 ** (batch_size / jnp.minimum(half_life_images, jnp.maximum(ramp_up * seen, 1e-8)))
-
-
-def data_mesh() -> Mesh:
-  """All devices along one axis `data`."""
-  return jax.make_mesh((jax.device_count(),), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+  ema_params: tuple
 
 
 def init_params(model: nn.Module, shape: tuple[int, ...], seed: int) -> PyTree:
@@ -79,172 +48,339 @@ def init_params(model: nn.Module, shape: tuple[int, ...], seed: int) -> PyTree:
   return model.init(jax.random.key(seed), jnp.zeros((1, *shape)), jnp.ones((1,)))["params"]
 
 
-def init_state(
-  model: nn.Module, optimizer: optax.GradientTransformation, shape, seed: int, mesh: Mesh
+def first_state(
+  params: PyTree, optimizer: optax.GradientTransformation, num_averages: int
 ) -> TrainState:
-  """The state at step 0, replicated over the mesh."""
+  """The state at step 0 of these parameters: each average is a copy of them."""
+  averages = tuple(jax.tree.map(jnp.copy, params) for _ in range(num_averages))
+  return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), averages)
 
-  def init():
-    params = init_params(model, shape, seed)
-    return TrainState(
-      jnp.zeros((), jnp.int32), params, optimizer.init(params), jax.tree.map(jnp.copy, params)
-    )
 
-  # XLA's CPU backend spends 4x longer optimising the initialisers than it saves
-  fast = {"xla_backend_optimization_level": "0"} if mesh.devices.flat[0].platform == "cpu" else None
-  return jax.jit(init, out_shardings=NamedSharding(mesh, PartitionSpec()), compiler_options=fast)()
+def on_mesh(tree: PyTree, mesh: Mesh) -> PyTree:
+  """The abstract arrays with the shardings that a state has on the mesh."""
+  where = devices.shardings(devices.state_specs(tree, mesh), mesh)
+  place = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+  return jax.tree.map(place, tree, where)
 
 
 def abstract_state(
-  model: nn.Module, optimizer: optax.GradientTransformation, shape, mesh: Mesh
+  model: nn.Module,
+  optimizer: optax.GradientTransformation,
+  shape,
+  mesh: Mesh,
+  num_averages: int = 1,
 ) -> TrainState:
   """Shapes, dtypes and shardings of the state, nothing computed: the target of a restore."""
-  params = jax.eval_shape(lambda: init_params(model, shape, 0))
-  state = TrainState(
-    jax.ShapeDtypeStruct((), jnp.int32), params, jax.eval_shape(optimizer.init, params), params
+  init = lambda: first_state(init_params(model, shape, 0), optimizer, num_averages)
+  return on_mesh(jax.eval_shape(init), mesh)
+
+
+def init_state(
+  model: nn.Module,
+  optimizer: optax.GradientTransformation,
+  shape,
+  seed: int,
+  mesh: Mesh,
+  num_averages: int = 1,
+) -> TrainState:
+  """The state at step 0, on the mesh."""
+  target = abstract_state(model, optimizer, shape, mesh, num_averages)
+  where = jax.tree.map(lambda leaf: leaf.sharding, target)
+  init = lambda: first_state(init_params(model, shape, seed), optimizer, num_averages)
+  # XLA's CPU backend spends 4x longer optimising the initialisers than it saves
+  fast = {"xla_backend_optimization_level": "0"} if mesh.devices.flat[0].platform == "cpu" else None
+  return jax.jit(init, out_shardings=where, compiler_options=fast)()
+
+
+def _bound(table: dict, settings: ml_collections.ConfigDict, field: str, **given) -> Callable:
+  """The entry of `table` that `loss.<field>` names, with its options and those of `given` that it
+  takes.
+  """
+  name = settings[field]
+  function = lookup(table, name, f"loss.{field}")
+  parameters = inspect.signature(function).parameters
+  options = dict(settings.options.get(name, {}))
+  return functools.partial(
+    function, **options, **{k: v for k, v in given.items() if k in parameters}
   )
-  replicated = NamedSharding(mesh, PartitionSpec())
-  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated), state)
 
 
 def make_loss(sde: SDE, model: nn.Module, config: ml_collections.ConfigDict) -> Callable:
-  """(params, key, batch, first, total) -> mean loss per dimension of this part of a global batch.
+  """(params, key, batch, first, total, history) -> (mean loss per dimension, (t [b], loss [b])) of
+  this part of a global batch.
 
-  The part starts at position `first` of `total`; `key` is the step's, the same on all devices.
+  The part starts at position `first` of `total`; `key` is the step's, the same on all devices;
+  `history` is what the time sampler "loss_second_moment" learns from the pairs.
   """
-  transform = data.transform_of(config.data.name, config.data.centered)
-  weighting = lookup(losses.WEIGHTINGS, config.loss.weighting, "loss.weighting")
-  quantile = lookup(losses.TIME_SAMPLERS, config.loss.time_sampler, "loss.time_sampler")
+  settings = config.loss
+  transform = data.transform_of(data.declared(config.data), config.data.centered)
+  weighting = _bound(losses.WEIGHTINGS, settings, "weighting")
+  objective = _bound(losses.OBJECTIVES, settings, "objective", transform=transform)
 
-  def loss_fn(params, key, batch, first, total):
-    integers = batch["image"]
-    b = len(integers)
+  def loss_fn(params, key, batch, first, total, history):
+    b = len(batch["image"])
     keys = example_keys(jax.random.fold_in(key, 0), b, first)
-    dequantize = config.training.dequantize
-    x0 = (
-      transform.dequantize(fold_in(keys, 0), integers)
-      if dequantize
-      else transform.forward(integers)
-    )
-    times = losses.stratified(quantile, jax.random.fold_in(key, 1), first + jnp.arange(b), total)
+    x0, inputs = _examples(keys, batch["image"], transform, config)
+    quantile = _bound(losses.TIME_SAMPLERS, settings, "time_sampler", history=history)
+    law = losses.independent(quantile)
+    if settings.stratified:
+      law = losses.stratified(quantile, jax.random.fold_in(key, 1), first + jnp.arange(b), total)
+    t, ratio = law(fold_in(keys, 2), sde)
     rngs = {"dropout": jax.random.fold_in(jax.random.fold_in(key, 2), first)}
-    noise_fn = make_noise_fn(sde, model, params, train=True, rngs=rngs, **config.parameterization)
-    labels = batch["label"] if getattr(model, "num_classes", 0) else None
-    draw = {"weighting": weighting, "time_sampler": times, "labels": labels}
-    return losses.denoising_loss(fold_in(keys, 1), sde, noise_fn, x0, **draw).mean() / x0[0].size
+    noise_fn = make_noise_fn(
+      sde, model, params, train=True, rngs=rngs, inputs=inputs, **config.parameterization
+    )
+    draw = {"weighting": weighting, "time_sampler": lambda *_: (t, ratio)}
+    labels = _labels(fold_in(keys, 3), batch, model, settings.label_dropout)
+    loss = objective(fold_in(keys, 1), sde, noise_fn, x0, labels=labels, **draw) / x0[0].size
+    return loss.mean(), (t, loss / ratio)
 
   return loss_fn
+
+
+def _examples(keys, images, transform, config) -> tuple[Array, dict]:
+  """(x0 in model units, further inputs of the network): flipped, dequantized, augmented."""
+  if config.data.flip:
+    images = augment.flip(fold_in(keys, 4), images)
+  dequantize = config.training.dequantize
+  x0 = transform.dequantize(fold_in(keys, 0), images) if dequantize else transform.forward(images)
+  if not config.data.augment:
+    return x0, {}
+  x0, conditions = augment.augment(fold_in(keys, 5), x0, config.data.augment)
+  return x0, {"augmentation": conditions}
+
+
+def _labels(keys, batch, model: nn.Module, dropout: float) -> Array | None:
+  """The labels where the network has classes, each replaced by "no class" with this
+  probability.
+  """
+  num_classes = getattr(model, "num_classes", 0)
+  if not num_classes:
+    return None
+  drop = jax.vmap(lambda key: jax.random.bernoulli(key, dropout))(keys)
+  return jnp.where(drop, num_classes, batch["label"])
+
+
+def _in_parts(function: Callable, batch: PyTree, num_parts: int) -> tuple[PyTree, PyTree]:
+  """(mean, all) of the (values, per-example arrays) that `function(part, offset)` returns, one part
+  of the batch after the other.
+  """
+  if num_parts == 1:
+    return function(batch, 0)
+  split = lambda x: x.reshape(num_parts, len(x) // num_parts, *x.shape[1:])
+  parts = jax.tree.map(split, batch)
+  offsets = jnp.arange(num_parts) * len(parts["image"][0])
+
+  def add(total, position):
+    values, each = function(*position)
+    return jax.tree.map(jnp.add, total, values), each
+
+  shapes = jax.eval_shape(function, *jax.tree.map(lambda x: x[0], (parts, offsets)))[0]
+  zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+  total, each = jax.lax.scan(add, zeros, (parts, offsets))
+  flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), each)
+  return jax.tree.map(lambda x: x / num_parts, total), flat
+
+
+def _make_gradients(loss_fn: Callable, specs: PyTree, mesh: Mesh, num_parts: int) -> Callable:
+  """(params, key, batch, history) -> (loss, gradients, (t, loss) of every example), mapped over the
+  mesh, the parameters lying on it as `specs` say.
+  """
+  axes, batched = mesh.axis_names, devices.batch_spec(mesh)
+
+  def per_device(shards, key, batch, history):
+    b = len(batch["image"])
+    first = jax.lax.axis_index(axes) * b
+
+    def part(batch, offset):
+      def loss_of(shards):
+        whole = devices.gather(shards, specs)
+        return loss_fn(whole, key, batch, first + offset, b * mesh.size, history)
+
+      (loss, seen), grads = jax.value_and_grad(devices.regather(loss_of, mesh), has_aux=True)(
+        shards
+      )
+      return (loss, grads), seen
+
+    mean, seen = _in_parts(part, batch, num_parts)
+    loss, grads = devices.mean_over_devices(mean, (PartitionSpec(), specs), mesh)
+    return loss, grads, seen
+
+  # check_vma=False: the body is pmap's, with its own pmean; with the check the gradients of the
+  # replicated parameters would be summed over the devices before it
+  whole = PartitionSpec()
+  return jax.shard_map(
+    per_device,
+    mesh=mesh,
+    in_specs=(specs, whole, batched, whole),
+    out_specs=(whole, specs, batched),
+    check_vma=False,
+  )
 
 
 def make_train_step(
   sde: SDE,
   model: nn.Module,
-  optimizer: optax.GradientTransformation,
+  optimizer: optax.GradientTransformationExtraArgs,
   config: ml_collections.ConfigDict,
   mesh: Mesh,
+  num_parts: int = 1,
 ) -> Callable:
-  """(state, batch) -> (state, metrics), jitted, mapped over the axis `data` of the mesh, donating.
+  """(state, batches) -> (state, metrics), jitted, its gradients mapped over the mesh, donating.
 
-  `batch` is global: {"image": integers [b, *d], "label": [b]}, b a multiple of the devices. All
-  randomness is a function of (seed, step, position in the global batch), so the number of devices
-  changes nothing but rounding; only dropout masks are drawn per device.
+  `batches` is global: {"image": [k, b, *d], "label": [k, b]}, k steps in one call, b a multiple of
+  the devices times `num_parts`, the parts that a device takes one after the other. All randomness
+  is a function of (seed, step, position in the global batch), so the number of devices and of parts
+  changes nothing but rounding; only dropout masks are drawn per part.
+
+  The optimizer works outside of the mapped function: it may need the norm of all gradients, which
+  `fsdp` splits.
   """
   loss_fn, schedule = make_loss(sde, model, config), learning_rate(config)
 
-  def per_device(state: TrainState, batch):
-    b = len(batch["image"])
-    total, first = b * mesh.size, jax.lax.axis_index("data") * b
+  def one_step(state: TrainState, batch):
     key = jax.random.fold_in(jax.random.key(config.seed), state.step)
-    loss, grads = jax.value_and_grad(loss_fn)(state.params, key, batch, first, total)
-    loss, grads = jax.lax.pmean((loss, grads), "data")
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    specs = devices.state_specs(state.params, mesh)
+    gradients = _make_gradients(loss_fn, specs, mesh, num_parts)
+    loss, grads, seen = gradients(state.params, key, batch, loss_history(state.opt_state))
+    norm, count = optax.tree.norm(grads), optax.tree.get(state.opt_state, "total_notfinite")
+    usable = jnp.isfinite(loss) & jnp.isfinite(norm)
+    grads = jax.tree.map(lambda g: jnp.where(usable, g, jnp.nan), grads)
+    told = {"times": seen[0], "losses_seen": seen[1]}
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params, **told)
     params = optax.apply_updates(state.params, updates)
-    decay = ema_decay(state.step, total, config.ema.half_life_images, config.ema.ramp_up)
-    ema = jax.tree.map(lambda old, new: new + decay * (old - new), state.ema_params, params)
-    norm, rate = optax.tree.norm(grads), schedule(state.step)
-    metrics = {"loss": loss, "grad_norm": norm, "learning_rate": rate}
-    return TrainState(state.step + 1, params, opt_state, ema), metrics
+    averages = ema.update(state.ema_params, params, state.step, config)
+    keep = lambda new, old: jnp.where(usable, new, old)
+    averages = jax.tree.map(keep, averages, state.ema_params)
+    metrics = {
+      "loss": loss,
+      "grad_norm": norm,
+      "learning_rate": schedule(state.step - count),
+      "skipped_steps": optax.tree.get(opt_state, "total_notfinite"),
+      "skipped_in_a_row": optax.tree.get(opt_state, "notfinite_count"),
+    }
+    new = TrainState(state.step + 1, params, opt_state, averages)
+    where = devices.shardings(devices.state_specs(new, mesh), mesh)
+    return jax.lax.with_sharding_constraint(new, where), metrics
 
-  # check_vma=False: the body is pmap's, with its own pmean; with the check the gradients of the
-  # replicated parameters would be summed over the devices before it
-  specs = {"in_specs": (PartitionSpec(), PartitionSpec("data")), "out_specs": PartitionSpec()}
-  mapped = jax.shard_map(per_device, mesh=mesh, check_vma=False, **specs)
-  return jax.jit(mapped, donate_argnums=0)
+  def steps(state: TrainState, batches):
+    if len(batches["image"]) > 1:
+      return jax.lax.scan(one_step, state, batches)
+    # no loop around a single step: XLA's CPU backend is slow in loops
+    state, metrics = one_step(state, jax.tree.map(lambda x: x[0], batches))
+    return state, jax.tree.map(lambda x: x[None], metrics)
 
-
-class MetricsWriter:
-  """Appends scalars to `metrics.jsonl` and to TensorBoard files below the workdir."""
-
-  def __init__(self, workdir: Path, first_step: int):
-    self._file = open(workdir / "metrics.jsonl", "a", buffering=1)
-    self._board = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=first_step)
-
-  def write(self, step: int, scalars: dict[str, float]) -> None:
-    """One line {"step": ..., name: value, ...} and one point per scalar."""
-    self._file.write(json.dumps({"step": step, **scalars, "time": round(time.time(), 3)}) + "\n")
-    for name, value in scalars.items():
-      self._board.add_scalar(name, value, step)
-
-  def __enter__(self):
-    return self
-
-  def __exit__(self, *_):
-    self._file.close()
-    self._board.close()
+  return jax.jit(steps, donate_argnums=0)
 
 
-class Progress:
-  """The progress of a run: a bar on a terminal, lines in a log. Previews do not count as training
-  time.
+def fitting_step(
+  make_step: Callable[[int], Callable], state: PyTree, batches: PyTree, per_device: int, config
+) -> Callable:
+  """The train step of the fewest parts per device that `training.batch_per_device` and the memory
+  allow, by what XLA says that its program needs.
+
+  Args:
+    make_step: number of parts -> train step.
+    state, batches: as the step is called, abstract.
+    per_device: examples of a batch on each device.
   """
-
-  def __init__(self, start: int, settings: ml_collections.ConfigDict):
-    self._total, self._batch_size, self._from = settings.num_steps, settings.batch_size, start
-    self._bar = tqdm(total=self._total, initial=start, desc="training", unit="step", disable=None)
-    self._mark, self._began = start, time.perf_counter()
-
-  def first_step(self, metrics: PyTree) -> None:
-    """Waits for the first step, tells how long it took to come, and starts the clock after it."""
-    jax.block_until_ready(metrics)
-    tqdm.write(f"training: first step after {time.perf_counter() - self._began:.1f} s (compiled)")
-    self._mark, self._began = self._from + 1, time.perf_counter()
-
-  def report(self, step: int, metrics: dict[str, float]) -> dict[str, float]:
-    """Shows `metrics` and returns them with the images per second since the last report."""
-    seconds = time.perf_counter() - self._began
-    rate = (step - self._mark) * self._batch_size / seconds if step > self._mark else 0.0
-    self._mark, self._began = step, time.perf_counter()
-    self._bar.set_postfix_str(f"loss {metrics['loss']:.4f}, {rate:.0f} images/s", refresh=False)
-    self._bar.update(step - self._bar.n)
-    if self._bar.disable:
-      left = (self._total - step) * self._batch_size / rate if rate else float("nan")
-      loss = f"loss {metrics['loss']:.4f}"
-      print(f"step {step}/{self._total}  {loss}  {rate:.0f} images/s  ETA {left:.0f} s", flush=True)
-    return {**metrics, "images_per_second": rate}
-
-  @contextlib.contextmanager
-  def paused(self):
-    """Stops the clock meanwhile."""
-    before = time.perf_counter()
-    yield
-    self._began += time.perf_counter() - before
-
-  def __enter__(self):
-    return self
-
-  def __exit__(self, *_):
-    self._bar.close()
+  settings = config.training
+  memory = settings.memory_gib * 2**30 or devices.memory_limit()
+  needed = 0
+  for num_parts in (n for n in range(1, per_device + 1) if per_device % n == 0):
+    if settings.batch_per_device and per_device > num_parts * settings.batch_per_device:
+      continue
+    step = make_step(num_parts)
+    if memory:
+      needed = _memory(step.lower(state, batches))
+    if needed <= memory:
+      if num_parts > 1:
+        print(f"training: each batch in {num_parts} parts of {per_device // num_parts} per device")
+      return step
+  raise RunError(
+    f"a training step needs {needed / 2**30:.2f} GiB with one example per device, and there are "
+    f"{memory / 2**30:.2f} GiB.\n"
+    "  mend:  model.args.remat=True, training.fsdp, or a smaller network"
+  )
 
 
-def finite(step: int, metrics: dict[str, Array]) -> dict[str, float]:
-  """The metrics as floats; a loss that is not finite ends the run, nothing overwritten."""
-  scalars = {name: float(value) for name, value in metrics.items()}
-  if not np.isfinite(scalars["loss"]):
+def _memory(lowered) -> float:
+  """Bytes of a program on a device, infinite where the compiler runs out of memory."""
+  try:
+    sizes = lowered.compile().memory_analysis()
+  except jax.errors.JaxRuntimeError as error:
+    if "RESOURCE_EXHAUSTED" not in str(error):
+      raise
+    return float("inf")
+  held = sizes.argument_size_in_bytes + sizes.output_size_in_bytes - sizes.alias_size_in_bytes
+  return held + sizes.temp_size_in_bytes
+
+
+def _calls(start: int, settings: ml_collections.ConfigDict) -> Iterator[tuple[int, int]]:
+  """(last step, number of steps) of each call of the train step."""
+  step = start
+  while step < settings.num_steps:
+    size = min(settings.steps_per_call, settings.num_steps - step)
+    step += size
+    yield step, size
+
+
+def _due(step: int, size: int, num_steps: int, every: int) -> bool:
+  """Whether a multiple of `every` is among the `size` steps up to `step`, or this is the last; 0 is
+  never.
+  """
+  return bool(every) and (step // every > (step - size) // every or step == num_steps)
+
+
+def _batches(config, split: data.Batch, start: int, mesh: Mesh) -> Iterator[PyTree]:
+  """The batches of each call after step `start`, stacked, two calls ahead on the devices."""
+  settings, workers = config.training, config.data.num_workers
+  source = data.batches(split, settings.batch_size, config.seed, start, num_workers=workers)
+  sharding = NamedSharding(mesh, PartitionSpec(None, mesh.axis_names))
+  queue = collections.deque()
+  for _, size in _calls(start, settings):
+    parts = [next(source) for _ in range(size)]
+    stacked = {name: np.stack([part[name] for part in parts]) for name in parts[0]}
+    queue.append(devices.to_devices(stacked, sharding))
+    if len(queue) == 3:
+      yield queue.popleft()
+  yield from queue
+
+
+def _scalars(pending: list[PyTree], max_in_a_row: int, step: int) -> dict[str, float]:
+  """The metrics of the last step, the loss the mean of those since the last report; too many
+  skipped steps in a row end the run, nothing overwritten.
+  """
+  pending = jax.device_get(pending)
+  scalars = {name: float(values[-1]) for name, values in pending[-1].items()}
+  losses_seen = np.concatenate([metrics["loss"] for metrics in pending])
+  finite = losses_seen[np.isfinite(losses_seen)]
+  scalars["loss"] = float(finite.mean()) if len(finite) else float("nan")
+  if scalars["skipped_in_a_row"] >= max_in_a_row:
     raise RunError(
-      f"the loss is {scalars['loss']} at step {step}; the last checkpoint is intact.\n"
+      f"loss or gradients were not finite in {scalars['skipped_in_a_row']:.0f} steps in a row, up "
+      f"to step {step} (training.max_skipped = {max_in_a_row}); the last checkpoint is intact.\n"
       "  mend:  a new workdir with a smaller optimizer.learning_rate or optimizer.grad_clip"
     )
   return scalars
+
+
+def _begin(checkpoints: Checkpoints, target: TrainState, num_steps: int, init: Callable):
+  """(step, state) of the newest checkpoint that can be read, else of a fresh start."""
+  found = checkpoints.restore_newest(target)
+  if found is None:
+    print(f"training: fresh start, {num_steps} steps", flush=True)
+    return 0, init()
+  done = found[0] >= num_steps
+  words = f"finished at step {found[0]}" if done else f"resumed at step {found[0]} of {num_steps}"
+  print(f"training: {words}", flush=True)
+  return found
+
+
+def _power_averages(state: TrainState, config: ml_collections.ConfigDict) -> dict[str, PyTree]:
+  """The items of a snapshot: the averages that `ema.sigma_rel` names."""
+  first = len(config.ema.half_life_images)
+  return {average(i): tree for i, tree in enumerate(state.ema_params) if i >= first}
 
 
 def train(
@@ -254,47 +390,71 @@ def train(
   dataset: data.DataSet,
   mesh: Mesh,
   workdir: Path,
-  preview: Callable[[int, PyTree], None],
-) -> PyTree:
-  """Trains to `training.num_steps`, resuming from the newest checkpoint of the workdir; returns the
-  EMA parameters.
+  callbacks: dict[str, Callable[[int, tuple], dict[str, float]]],
+  flops_per_image: float = 0.0,
+) -> TrainState:
+  """Trains to `training.num_steps`, resuming from the newest checkpoint of the workdir that can be
+  read.
 
   Args:
-    preview: (step, ema_params) called every `training.sample_every` steps.
+    callbacks: {"sample_every": ..., "evaluate_every": ...}: (step, ema_params) -> scalars, called
+      as often as `training` says under that name, and at the end.
+    flops_per_image: of a training step, to tell the utilisation of the devices.
+
+  Raises:
+    Stopped: the run was asked to end; its state is saved.
+    RunError: too many steps in a row were skipped, or a checkpoint could not be written.
   """
-  settings, optimizer = config.training, make_optimizer(config)
-  with Checkpoints(workdir / "checkpoints", keep=settings.keep_checkpoints) as checkpoints:
-    start = checkpoints.latest() or 0
+  settings, optimizer, shape = config.training, make_optimizer(config, sde), dataset.shape
+  parts = model, optimizer, shape, mesh, len(ema.decays(config))
+  with contextlib.ExitStack() as stack:
+    enter = stack.enter_context
+    checkpoints = enter(Checkpoints(workdir / "checkpoints", keep=settings.keep_checkpoints))
+    init = lambda: init_state(*parts[:3], config.seed, *parts[3:])
+    start, state = _begin(checkpoints, abstract_state(*parts), settings.num_steps, init)
     if start >= settings.num_steps:
-      print(f"training: finished at step {start}", flush=True)
-      return checkpoints.restore_ema(
-        start, abstract_state(model, optimizer, dataset.shape, mesh).ema_params
-      )
-    if start:
-      print(f"training: resumed at step {start} of {settings.num_steps}", flush=True)
-      state = checkpoints.restore(start, abstract_state(model, optimizer, dataset.shape, mesh))
-    else:
-      print(f"training: fresh start, {settings.num_steps} steps", flush=True)
-      state = init_state(model, optimizer, dataset.shape, config.seed, mesh)
-    train_step = make_train_step(sde, model, optimizer, config, mesh)
-    batches = data.batches(dataset.splits["train"], settings.batch_size, config.seed, start)
-    sharding = NamedSharding(mesh, PartitionSpec("data"))
-    with MetricsWriter(workdir, start) as writer, Progress(start, settings) as progress:
-      for step in range(start + 1, settings.num_steps + 1):
-        batch = jax.tree.map(
-          lambda x: jax.make_array_from_process_local_data(sharding, x), next(batches)
+      return state
+    if config.ema.snapshot_every:
+      snapshots = enter(Checkpoints(workdir / "ema_snapshots", keep=None))
+    write = lambda *_: None
+    if devices.is_first():
+      write = enter(MetricsWriter(workdir, start, config)).write
+    progress = enter(Progress(start, settings, mesh.size, flops_per_image))
+    stop, profiler = enter(Stop()), Profiler(workdir, start, settings)
+    batches = _batches(config, dataset.splits["train"], start, mesh)
+    first = next(batches)
+    make_step = functools.partial(make_train_step, sde, model, optimizer, config, mesh)
+    train_step = fitting_step(make_step, state, first, settings.batch_size // mesh.size, config)
+    batches, pending = itertools.chain([first], batches), []
+    for step, size in _calls(start, settings):
+      with progress.waiting():
+        batch = next(batches)
+      state, metrics = train_step(state, batch)
+      pending.append(metrics)
+      if step == start + size:
+        progress.first_step(step, metrics)
+      profiler.step(step, metrics)
+      due = functools.partial(_due, step, size, settings.num_steps)
+      asked = stop.asked(step)
+      save = due(settings.checkpoint_every) or asked
+      if save or due(settings.log_every):
+        scalars = _scalars(pending, settings.max_skipped, step)
+        write(step, progress.report(step, scalars))
+        pending = []
+        # parameters that give no finite gradient must not replace those that did
+        save = save and not scalars["skipped_in_a_row"]
+      if save:
+        checkpoints.save(step, state)
+      if due(config.ema.snapshot_every):
+        snapshots.save_items(step, _power_averages(state, config))
+      if asked:
+        checkpoints.wait()
+        raise Stopped(
+          f"stopped at step {step} as asked; the last checkpoint: {checkpoints.latest()}"
         )
-        state, metrics = train_step(state, batch)
-        if step == start + 1:
-          progress.first_step(metrics)
-        last = step == settings.num_steps
-        save = step % settings.checkpoint_every == 0 or last
-        if save or step % settings.log_every == 0:
-          scalars = progress.report(step, finite(step, jax.device_get(metrics)))
-          writer.write(step, scalars)
-        if save:
-          checkpoints.save(step, state)
-        if step % settings.sample_every == 0 or last:
+      for field, callback in callbacks.items():
+        if due(settings[field]):
           with progress.paused():
-            preview(step, state.ema_params)
-  return state.ema_params
+            if told := callback(step, state.ema_params):
+              write(step, told)
+  return state

@@ -17,13 +17,14 @@ from checkpoint_formats.score_sde import trace
 from errors import RunError
 from models.layers.adm import count_heads
 
-# not for us: constants of the architecture, and the map of the augmentation's parameters, which
-# are zero but in training
-UNUSED = re.compile(r"(.*\.)?resample_filter|model\.map_augment\.weight")
+UNUSED = re.compile(r"(.*\.)?resample_filter")  # constants of the architecture
+# what a network may do without: the conditions of the augmentation are zero but in training
+OPTIONAL = {"model.map_augment.weight"}
 
 # names of ours -> names in the file, {0} the height of the image; the names of ncsnpp are first
 SINGLE = {
   "FourierEmbedding_0": "map_noise",
+  "augmentation": "map_augment",
   "Dense_0": "map_layer0",
   "Dense_1": "map_layer1",
   "Conv_0": "enc.{0}x{0}_conv",

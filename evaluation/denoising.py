@@ -1,17 +1,23 @@
 """Denoising loss per noise level, beside what predictors without a network reach."""
 
+import functools
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float, PyTree
 
+import devices
+from evaluation.batches import keys_of, labels_of, parts
+from experiment import Experiment
 from losses import noise_error
 from parameterization import NoiseFn
-from sde_lib import SDE, fold_in, marginal
+from sde_lib import SDE, Keys, fold_in, log_snr, marginal, time_of_log_snr
 
 
 def loss_per_level(
-  key: Key[Array, ""],
+  key: Keys,
   sde: SDE,
   noise_fn: NoiseFn,
   x0: Float[Array, "b *d"],
@@ -43,3 +49,49 @@ def gaussian_predictor_loss(
   alpha, sigma = (np.asarray(c, np.float64)[:, None] for c in marginal(sde, times))
   signal = alpha**2 * np.maximum(eigenvalues, 0.0)
   return (signal / (signal + sigma**2)).mean(1)
+
+
+class HeldOut:
+  """The denoising loss of a held-out split at noise levels even in log-SNR, always with the same
+  noise.
+  """
+
+  def __init__(self, experiment: Experiment):
+    self.experiment, self.options = experiment, experiment.config.evaluation
+    sde, count = experiment.sde, self.options.num_levels
+    self.log_snrs = jnp.linspace(log_snr(sde, sde.t_min), log_snr(sde, sde.t_max), count)
+    self.times = time_of_log_snr(sde, self.log_snrs)
+
+  @functools.cached_property
+  def _levels(self) -> Callable:
+    """(params, one key per example, stored values [b, *d], labels [b]) -> loss / D [b, levels]."""
+    experiment = self.experiment
+
+    def levels(params, keys, k, labels):
+      noise_fn, x0 = (
+        experiment.noise_fn(params),
+        experiment.transform.dequantize(fold_in(keys, 0), k),
+      )
+      given = lambda x, t, _: noise_fn(x, t, experiment.labels(labels))
+      return loss_per_level(
+        fold_in(keys, 1), experiment.sde, given, x0, self.times, self.options.num_draws
+      ).T
+
+    return experiment.over_devices(levels, 3)
+
+  def losses(self, params: PyTree) -> np.ndarray:
+    """[examples, levels] in float64, of the first `evaluation.num_examples` (0: all)."""
+    split, losses = self.experiment.dataset.splits[self.options.split], []
+    count, key = len(split["image"]), jax.random.key(self.options.seed)
+    wanted = min(self.options.num_examples or count, count)
+    for index, valid in parts(wanted, self.options.batch_size, "held-out loss"):
+      examples = split["image"][index], labels_of(split, index)
+      values = self._levels(params, keys_of(key, index), *examples)
+      losses.append(np.asarray(devices.to_host(values), np.float64)[:valid])
+    return np.concatenate(losses)
+
+  def scalars(self, params: PyTree) -> dict[str, float]:
+    """The mean loss, and that of each level by its log-SNR."""
+    levels = self.losses(params).mean(0)
+    named = {f"held_out_loss/log_snr{s:+.1f}": v for s, v in zip(self.log_snrs.tolist(), levels)}
+    return {"held_out_loss": levels.mean()} | named

@@ -29,6 +29,27 @@ def to_unit(x: np.ndarray, transform: Transform) -> np.ndarray:
   return np.clip((np.asarray(x) - transform.low) / (transform.high - transform.low), 0, 1)
 
 
+def save_samples(path: Path, x: np.ndarray, transform: Transform) -> None:
+  """Examples [n, *d] in model units: images as a grid, points of a plane as a cloud, other vectors
+  and sequences as lines.
+  """
+  path.parent.mkdir(parents=True, exist_ok=True)
+  if x.ndim == 4:
+    save_grid(path, x, transform)
+    return
+  figure, axis = plt.subplots(figsize=(6, 6), layout="constrained")
+  if x.ndim == 2 and x.shape[1] == 2:
+    axis.scatter(*x.T, s=6, alpha=0.5, linewidths=0)
+    axis.set_aspect("equal")
+  else:
+    axis.plot(x.reshape(len(x), x.shape[1], -1)[:16, :, 0].T, linewidth=0.8)
+    axis.set_xlabel("position")
+  axis.set_title(f"{len(x) if x.ndim == 2 else min(16, len(x))} samples")
+  axis.grid(alpha=0.3)
+  figure.savefig(path, dpi=120)
+  plt.close(figure)
+
+
 def save_grid(path: Path, x: np.ndarray, transform: Transform, columns: int = 10) -> None:
   """Examples [n, h, w, c] in model units as a grid; small images are enlarged smoothly, to be
   read.

@@ -2,18 +2,20 @@
 from.
 """
 
+import functools
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 from ml_collections import ConfigDict
 
+import ema
 import settings
-import training
 from checkpoint import Checkpoints
 from checkpoint_import import load_variables
 from errors import check
 from experiment import build
+from optimizers import make_optimizer
+from training import first_state
 
 
 def run(config: ConfigDict, workdir: Path) -> None:
@@ -28,8 +30,9 @@ def run(config: ConfigDict, workdir: Path) -> None:
     check(checkpoints.latest() is None, "--workdir", str(workdir), legal, "choose another")
   model, shape = experiment.model, experiment.spec.shape
   params = load_variables(source.path, model, weights=source.weights, shape=shape)["params"]
-  opt_state = jax.jit(training.make_optimizer(config).init)(params)
-  state = training.TrainState(jnp.zeros((), jnp.int32), params, opt_state, params)
+  optimizer = make_optimizer(config, experiment.sde)
+  begin = functools.partial(first_state, optimizer=optimizer, num_averages=len(ema.decays(config)))
+  state = jax.jit(begin)(params)
   settings.save(config, workdir)
   with Checkpoints(directory) as checkpoints:
     checkpoints.save(0, state)

@@ -4,6 +4,7 @@ Needs no trained run and writes nothing; of data that cannot be loaded it tells 
 """
 
 import dataclasses
+import math
 import textwrap
 
 import jax.numpy as jnp
@@ -13,9 +14,11 @@ from ml_collections import ConfigDict
 import data
 import noise_levels
 import settings
+from errors import ConfigError
 from evaluation import network
 from experiment import outline
 
+MOST_VALUES = 2**28  # of a split that are looked at
 TOLERANCE = 0.2  # relative difference above which the present configuration is warned about
 LANGEVIN = "sampling.options.annealed_langevin"
 
@@ -25,7 +28,7 @@ class Statistics:
   """What `inspect` measures on the training split; lengths are in model units."""
 
   num_dims: int
-  levels_seen: tuple[int, int]
+  levels_seen: tuple[float, float]
   counts: dict[int, int]
   low: float
   high: float
@@ -39,22 +42,24 @@ class Statistics:
 
 def measure(dataset: data.DataSet, dequantize: bool) -> Statistics:
   """The statistics of a data set's training split, and duplicates in and across its splits."""
-  train, transform = dataset.splits["train"], dataset.transform
-  x = np.asarray(transform.forward(jnp.asarray(train["image"])))
-  labels, counts = np.unique(train["label"], return_counts=True)
-  duplicates = {"within train": noise_levels.count_duplicates(train["image"])}
-  for name in dataset.splits.keys() - {"train"}:
-    images = dataset.splits[name]["image"]
-    duplicates[f"of {name} in train"] = noise_levels.count_duplicates(images, train["image"])
+  count, transform = MOST_VALUES // math.prod(dataset.shape), dataset.transform
+  splits = {name: split["image"][:count] for name, split in dataset.splits.items()}
+  train, stored = splits.pop("train"), dataset.splits["train"]
+  x = np.asarray(transform.forward(jnp.asarray(train)))
+  labels, counts = np.unique(stored.get("label", ()), return_counts=True)
+  duplicates = {"within train": noise_levels.count_duplicates(train)}
+  for name, images in splits.items():
+    duplicates[f"of {name} in train"] = noise_levels.count_duplicates(images, train)
+  width = transform.bin_width if dequantize and transform.levels else 0.0
   return Statistics(
     num_dims=x[0].size,
-    levels_seen=(int(train["image"].min()), int(train["image"].max())),
-    counts=dict(zip(labels.tolist(), counts.tolist())),
+    levels_seen=(train.min().item(), train.max().item()),
+    counts=dict(zip(labels.astype(int).tolist(), counts.tolist())),
     low=float(x.min()),
     high=float(x.max()),
     mean=float(x.mean(dtype=np.float64)),
     std=noise_levels.sigma_data(x),
-    sigma_data=noise_levels.sigma_data(x, transform.bin_width if dequantize else 0.0),
+    sigma_data=noise_levels.sigma_data(x, width),
     largest=noise_levels.distance_bracket(x),
     median=noise_levels.median_distance(x),
     duplicates=duplicates,
@@ -129,12 +134,14 @@ def _table(dataset: data.DataSet, s: Statistics) -> list[tuple[str, str]]:
   exact = s.largest[0] == s.largest[1]
   bracket = f"{s.largest[0]:.4g}" + (" (exact)" if exact else f" to {s.largest[1]:.4g}")
   classes = ", ".join(f"{label}: {count:,}" for label, count in s.counts.items())
-  fewest = f"{len(s.counts)} with {min(s.counts.values()):,} to {max(s.counts.values()):,} examples"
+  sizes, declared = s.counts.values(), dataset.transform.levels
+  fewest = f"{len(s.counts)} with {min(sizes):,} to {max(sizes):,} examples" if sizes else "none"
+  seen = f"{declared} declared, {low} .. {high} seen" if declared else "continuous"
   duplicates = ", ".join(f"{count:,} {where}" for where, count in s.duplicates.items())
   return [
     ("examples", splits),
     ("shape", f"{dataset.shape}, {s.num_dims:,} values each"),
-    ("levels", f"{dataset.transform.levels} declared, {low} .. {high} seen"),
+    ("levels", seen),
     ("classes", fewest),
     ("", classes if len(s.counts) <= 20 else ""),
     ("values", f"min {s.low:.4f}, max {s.high:.4f}, mean {s.mean:.4f}, std {s.std:.4f}"),
@@ -146,17 +153,15 @@ def _table(dataset: data.DataSet, s: Statistics) -> list[tuple[str, str]]:
 def run(config: ConfigDict) -> None:
   """Prints what is known of the data and of the network."""
   parts = outline(config)
-  if config.data.name in data.BUILDERS:
-    _print_data(config)
-  else:
-    why = "add a builder that reads your copy to data.BUILDERS for its statistics"
-    print(f"data set {config.data.name!r}, {parts.spec.shape}, cannot be loaded yet: {why}")
+  try:
+    _print_data(config, data.load(config.data))
+  except ConfigError as error:
+    print(f"no statistics of the data of shape {parts.spec.shape}, they cannot be read:\n{error}")
   print(f"\n{network.report(parts.model, parts.spec.shape, config)}")
 
 
-def _print_data(config: ConfigDict) -> None:
+def _print_data(config: ConfigDict, dataset: data.DataSet) -> None:
   """Prints the statistics, the lines that set what they propose, and where `config` disagrees."""
-  dataset = data.load(config.data)
   statistics = measure(dataset, config.training.dequantize)
   fields = propose(statistics, config)
   flags, lines = config_lines(fields, config)
@@ -172,7 +177,7 @@ def _print_data(config: ConfigDict) -> None:
   if f"{LANGEVIN}.step_lr" not in fields:
     print("\nno annealed Langevin levels: the data have fewer than 5 dimensions, or one value only")
   warnings = disagreements(fields, config)
-  if statistics.levels_seen[1] >= dataset.transform.levels:
+  if 0 < dataset.transform.levels <= statistics.levels_seen[1]:
     warnings.append("the data hold values above the declared levels: they are cut off")
   print()
   for line in warnings or ["the configuration agrees with the data within 20 %"]:

@@ -2,80 +2,37 @@
 into `results/`.
 """
 
-import dataclasses
+import functools
 import importlib.metadata
 import json
 import platform
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import PyTree
-from ml_collections import ConfigDict
-from tqdm import tqdm
 
+import devices
 import settings
-import training
-from checkpoint import Checkpoints
-from errors import ConfigError, RunError, check
+from errors import ConfigError, RunError
 from evaluation import figures
-from evaluation.denoising import gaussian_predictor_loss, loss_per_level
+from evaluation.batches import draw_samples, keys_of, labels_of, parts
+from evaluation.denoising import HeldOut, gaussian_predictor_loss
 from evaluation.mixture import mixture_log_prob
 from evaluation.records import SECTIONS, result_path
-from experiment import SOLVES, Experiment, build
+from evaluation.trained import Job
+from experiment import SOLVES, Experiment
 from likelihood import bits_per_dim
-from sde_lib import example_keys, fold_in, log_snr, perturb, time_of_log_snr
+from sde_lib import example_keys, fold_in, log_snr, perturb
 
 PACKAGES = ("jax", "flax", "optax", "diffrax", "orbax-checkpoint", "numpy")
 
 
-@dataclasses.dataclass(frozen=True)
-class Job:
-  """A trained model at one step and the folder that its results go to."""
-
-  experiment: Experiment
-  params: PyTree
-  step: int
-  workdir: Path
-
-  def key(self, section: str) -> jax.Array:
-    """The key of a mode, from its own seed."""
-    return jax.random.key(self.experiment.config[section].seed)
-
-
-def start(config: ConfigDict, workdir: Path, *, train: bool) -> Job:
-  """Builds and checks everything, then trains, or restores the newest EMA parameters of the
-  workdir.
-  """
-  experiment = build(config)
-  with Checkpoints(workdir / "checkpoints", read_only=True) as checkpoints:
-    step = checkpoints.latest()
-    if not train:
-      mend = f"train first: python main.py --mode=train --workdir={workdir}"
-      check(step is not None, "--workdir", str(workdir), "a folder with a checkpoint", mend)
-      print(f"restored the EMA weights of step {step}", flush=True)
-      params = checkpoints.restore_ema(step, experiment.abstract_ema())
-      return Job(experiment, params, step, workdir)
-  dataset, total, samples = experiment.dataset, config.training.num_steps, workdir / "samples"
-  legal, mend = f"{step} or more: so far {workdir} was trained", "choose another --workdir"
-  check((step or 0) <= total, "training.num_steps", total, legal, mend)
-  settings.save(config, workdir)
-  parts = experiment.sde, experiment.model, dataset, experiment.mesh
-  preview = lambda step, params: _preview(experiment, params, samples / f"step_{step:06d}.png")
-  return Job(experiment, training.train(config, *parts, workdir, preview), total, workdir)
-
-
-def _preview(experiment: Experiment, params: PyTree, path: Path) -> None:
-  """A grid of one batch of samples, always from the same keys."""
-  keys = example_keys(
-    jax.random.key(experiment.config.sampling.seed), experiment.config.sampling.batch_size
-  )
-  x, _ = experiment.sampler(params, keys)
-  figures.save_grid(path, np.asarray(x), experiment.transform)
+# the predictors without a network: examples that they are fitted to, most dimensions of an example
+FITTED, LARGEST_MIXTURE, LARGEST_GAUSSIAN = 10_000, 512, 4096
 
 
 def _write(job: Job, mode: str, seconds: float, result: dict[str, Any]) -> dict[str, Any]:
@@ -95,6 +52,8 @@ def _write(job: Job, mode: str, seconds: float, result: dict[str, Any]) -> dict[
     "matmul_precision": "highest",
     "written": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
   }
+  if not devices.is_first():
+    return record
   path.parent.mkdir(parents=True, exist_ok=True)
   if path.is_file():
     old = json.loads(path.read_text())
@@ -106,58 +65,24 @@ def _write(job: Job, mode: str, seconds: float, result: dict[str, Any]) -> dict[
   return record
 
 
-def _parts(total: int, size: int, unit: str) -> Iterator[tuple[np.ndarray, int]]:
-  """(indices [size], how many of them count) over 0 .. total - 1; the last part repeats its last
-  index.
-  """
-  with tqdm(total=total, desc=unit, unit="image", disable=None) as bar:
-    for first in range(0, total, size):
-      valid = min(size, total - first)
-      yield np.minimum(first + np.arange(size), total - 1), valid
-      bar.update(valid)
-
-
-def _keys(key: jax.Array, index: np.ndarray) -> jax.Array:
-  """The keys of the examples with these global indices, as `example_keys` makes them."""
-  return jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.asarray(index))
-
-
-def draw_samples(
-  experiment: Experiment, params: PyTree, key, num_samples: int
-) -> tuple[np.ndarray, np.ndarray]:
-  """(x [num_samples, *d] in model units, network evaluations of each); sample i depends on (key, i)
-  alone.
-  """
-  size, xs, nfes = experiment.config.sampling.batch_size, [], []
-  for index, valid in _parts(num_samples, size, "sampling"):
-    x, nfe = jax.device_get(experiment.sampler(params, _keys(key, index)))
-    xs.append(x[:valid])
-    nfes.append(nfe[:valid])
-  x = np.concatenate(xs)
-  if not np.isfinite(x).all():
-    raise RunError(
-      "the sampler left the finite numbers or hit max_steps; use more steps or a smaller tolerance"
-    )
-  return x, np.concatenate(nfes)
-
-
 def run_sample(job: Job) -> dict[str, Any]:
-  """Draws `sampling.num_samples` examples: a grid, the values as npz, and the picture of both
+  """Draws `sampling.num_samples` examples: a picture, the values as npz, and the picture of both
   processes.
   """
   experiment, options = job.experiment, job.experiment.config.sampling
   begin = time.perf_counter()
   x, nfe = draw_samples(experiment, job.params, job.key("sampling"), options.num_samples)
   seconds = time.perf_counter() - begin
-  transform, results = experiment.transform, job.workdir / "results"
-  figures.save_grid(results / "samples.png", x, transform)
-  values = np.asarray(transform.inverse(jnp.asarray(x)), np.uint8)
-  np.savez_compressed(results / "samples.npz", image=values)
-  if options.sampler not in SOLVES:
-    try:
-      _process_figure(job, results / "process.png")
-    except ConfigError as error:
-      print(f"no process.png, the data cannot be read:\n{error}", flush=True)
+  if devices.is_first():
+    transform, results = experiment.transform, job.workdir / "results"
+    figures.save_samples(results / "samples.png", x, transform)
+    values = np.asarray(transform.inverse(jnp.asarray(x)))
+    np.savez_compressed(results / "samples.npz", image=values.astype(experiment.spec.dtype))
+    if options.sampler not in SOLVES and len(experiment.spec.shape) == 3:
+      try:
+        _process_figure(job, results / "process.png")
+      except ConfigError as error:
+        print(f"no process.png, the data cannot be read:\n{error}", flush=True)
   result = {
     "sampler": options.sampler,
     "num_samples": options.num_samples,
@@ -171,12 +96,10 @@ def run_sample(job: Job) -> dict[str, Any]:
 
 def _process_figure(job: Job, path: Path, num_images: int = 6, num_frames: int = 11) -> None:
   """Forward noising of test images and reverse generation of samples, at the same noise levels."""
-  experiment = job.experiment
+  experiment, params = job.experiment, devices.to_host(job.params)
   sde, split = experiment.sde, experiment.config.evaluation.split
   images = experiment.dataset.splits[split]["image"][:num_images]
-  frames = np.asarray(
-    experiment.trajectory(job.params, example_keys(job.key("sampling"), num_images))
-  )
+  frames = np.asarray(experiment.trajectory(params, example_keys(job.key("sampling"), num_images)))
   times = np.asarray(experiment.times)
   position = np.linspace(0, len(times) - 1, num_frames).round().astype(int)
   log_snrs = np.asarray(log_snr(sde, jnp.asarray(times[position])))[::-1]
@@ -187,71 +110,87 @@ def _process_figure(job: Job, path: Path, num_images: int = 6, num_frames: int =
 
 
 def _likelihood_table(job: Job) -> dict[str, np.ndarray]:
-  """One row per image of the split, in its order: index, bits_per_dim, nfe, and the dequantized
-  x.
-  """
+  """One row per example of the split, in its order: index, log_prob, nfe, and the dequantized x."""
   experiment, options = job.experiment, job.experiment.config.likelihood
-  transform, split = experiment.transform, experiment.dataset.splits[options.split]
-  images = split["image"]
-  key, tables = job.key("likelihood"), []
-  for index, valid in _parts(len(images), options.batch_size, "likelihood"):
-    keys = _keys(key, index)
-    x = transform.dequantize(fold_in(keys, 0), jnp.asarray(images[index]))
-    labels = jnp.asarray(split["label"][index])
-    result = experiment.likelihood(job.params, fold_in(keys, 1), x, labels)
-    bits = bits_per_dim(result.log_prob, experiment.num_dims, transform)
-    table = {"index": index, "bits_per_dim": bits, "nfe": result.nfe, "x": x}
-    tables.append({name: np.asarray(column)[:valid] for name, column in table.items()})
+  split, key, tables = experiment.dataset.splits[options.split], job.key("likelihood"), []
+  total = len(split["image"])
+  for index, valid in parts(total, options.batch_size, "likelihood"):
+    keys = keys_of(key, index)
+    x = experiment.transform.dequantize(fold_in(keys, 0), jnp.asarray(split["image"][index]))
+    result = experiment.likelihood(job.params, fold_in(keys, 1), x, labels_of(split, index))
+    table = {"index": index, "log_prob": result.log_prob, "nfe": result.nfe, "x": x}
+    tables.append({name: devices.to_host(column)[:valid] for name, column in table.items()})
   table = {name: np.concatenate([t[name] for t in tables]) for name in tables[0]}
-  failed = table["index"][~np.isfinite(table["bits_per_dim"])]
+  failed = table["index"][~np.isfinite(table["log_prob"])]
   if len(failed):
     raise RunError(
-      f"{len(failed)} of {len(images)} solves failed (images {failed[:10].tolist()} ...).\n"
+      f"{len(failed)} of {total} solves failed (examples {failed[:10].tolist()} ...).\n"
       f"  mend:  raise likelihood.max_steps ({options.max_steps}) or rtol ({options.rtol})"
     )
   return table
 
 
+def _measure(experiment: Experiment) -> tuple[str, Callable]:
+  """What a log-density is reported as: its name, and the function to it."""
+  if not experiment.transform.levels:
+    return "log_density_nats", lambda log_prob: np.asarray(log_prob, np.float64)
+  bits = functools.partial(
+    bits_per_dim, num_dims=experiment.num_dims, transform=experiment.transform
+  )
+  return "bits_per_dim", lambda log_prob: np.asarray(bits(jnp.asarray(log_prob)), np.float64)
+
+
 def run_likelihood(job: Job) -> dict[str, Any]:
-  """Exact bits/dim of every image of a split, each once, uniformly dequantized, and the
-  baseline's.
+  """Exact bits/dim of every example of a split, each once, uniformly dequantized, and the
+  baseline's; of continuous values the log-density in nats.
   """
-  options = job.experiment.config.likelihood
+  experiment, options = job.experiment, job.experiment.config.likelihood
   begin = time.perf_counter()
   table = _likelihood_table(job)
   seconds = time.perf_counter() - begin
-  baseline = _baseline(job, table.pop("x"))
-  path = job.workdir / "results" / "likelihood.npz"
-  path.parent.mkdir(parents=True, exist_ok=True)
-  np.savez_compressed(path, **table, baseline_bits_per_dim=baseline)
-  bits = table["bits_per_dim"].astype(np.float64)
+  name, measure = _measure(experiment)
+  values, baseline = measure(table.pop("log_prob")), _baseline(job, table.pop("x"), measure)
+  if devices.is_first():
+    path = job.workdir / "results" / "likelihood.npz"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    np.savez_compressed(path, **table, **{name: values, f"baseline_{name}": baseline})
   result = {
-    "bits_per_dim": bits.mean(),
-    "standard_error": _standard_error(bits),
-    "num_examples": len(bits),
+    name: values.mean(),
+    "standard_error": _standard_error(values),
+    "num_examples": len(values),
     "split": options.split,
-    "dequantization": "uniform, one draw",
+    "dequantization": "uniform, one draw" if experiment.transform.levels else "none",
     "kind": "exact (probability-flow ODE)",
     "nfe_mean": float(table["nfe"].mean()),
     "nfe_max": int(table["nfe"].max()),
-    "baseline_bits_per_dim": baseline.mean(),
-    "baseline_standard_error": _standard_error(baseline),
-    "baseline": "Gaussian mixture, 10 full-covariance components, dequantized training split",
-    "gain_standard_error": _standard_error(bits - baseline),
-    **{
-      name: options[name] for name in ("divergence", "num_probes", "solver", "rtol", "atol", "seed")
-    },
-    "t_min": job.experiment.sde.t_min,
+    **{k: options[k] for k in ("divergence", "num_probes", "solver", "rtol", "atol", "seed")},
+    "t_min": experiment.sde.t_min,
   }
+  if len(baseline):
+    result |= {
+      f"baseline_{name}": baseline.mean(),
+      "baseline_standard_error": _standard_error(baseline),
+      "baseline": "Gaussian mixture, 10 full-covariance components, dequantized training split",
+      "gain_standard_error": _standard_error(values - baseline),
+    }
   return _write(job, "likelihood", seconds, result)
 
 
-def _baseline(job: Job, test: np.ndarray) -> np.ndarray:
-  """Bits/dim of the Gaussian mixture on the same dequantized test values."""
-  transform, train = job.experiment.transform, job.experiment.dataset.splits["train"]["image"]
-  dequantized = transform.dequantize(fold_in(job.key("likelihood"), len(train)), jnp.asarray(train))
-  log_prob = mixture_log_prob(np.asarray(dequantized), test)
-  return np.asarray(bits_per_dim(log_prob, job.experiment.num_dims, transform), np.float64)
+def _dequantized(job: Job, section: str, index: int) -> np.ndarray:
+  """Training examples in model units, as many as a predictor without a network is fitted to."""
+  train = job.experiment.dataset.splits["train"]["image"][:FITTED]
+  key = fold_in(job.key(section), index)
+  return np.asarray(job.experiment.transform.dequantize(key, jnp.asarray(train)))
+
+
+def _baseline(job: Job, test: np.ndarray, measure: Callable) -> np.ndarray:
+  """The measure of the Gaussian mixture on the same values; empty for data of too many
+  dimensions.
+  """
+  if job.experiment.num_dims > LARGEST_MIXTURE:
+    return np.zeros(0)
+  count = len(job.experiment.dataset.splits["train"]["image"])
+  return measure(mixture_log_prob(_dequantized(job, "likelihood", count), test))
 
 
 def _standard_error(values: np.ndarray) -> float:
@@ -262,37 +201,27 @@ def _standard_error(values: np.ndarray) -> float:
 def run_evaluate(job: Job) -> dict[str, Any]:
   """Denoising loss of a held-out split per noise level, beside predictors without a network."""
   experiment, options = job.experiment, job.experiment.config.evaluation
-  sde, dataset, key = experiment.sde, experiment.dataset, job.key("evaluation")
   begin = time.perf_counter()
-  log_snrs = jnp.linspace(log_snr(sde, sde.t_min), log_snr(sde, sde.t_max), options.num_levels)
-  times = time_of_log_snr(sde, log_snrs)
-
-  @jax.jit
-  def levels(params, k, labels):
-    x0, noise_fn = dataset.transform.dequantize(fold_in(key, 0), k), experiment.noise_fn(params)
-    given = lambda x, t, _: noise_fn(x, t, experiment.labels(labels))
-    return loss_per_level(fold_in(key, 1), sde, given, x0, times, options.num_draws)
-
-  split = jax.device_put(dataset.splits[options.split])
-  losses = np.asarray(levels(job.params, split["image"], split["label"]), np.float64)
-  train = dataset.transform.dequantize(
-    fold_in(key, 2), jnp.asarray(dataset.splits["train"]["image"])
-  )
-  gaussian = gaussian_predictor_loss(sde, np.asarray(train), times)
+  held_out = HeldOut(experiment)
+  losses, log_snrs, times = held_out.losses(job.params), held_out.log_snrs, held_out.times
+  gaussian = np.full(len(times), np.nan)
+  if experiment.num_dims <= LARGEST_GAUSSIAN:
+    gaussian = gaussian_predictor_loss(experiment.sde, _dequantized(job, "evaluation", 2), times)
   curves = {
-    f"network ({options.split})": losses.mean(1),
+    f"network ({options.split})": losses.mean(0),
     "best Gaussian predictor": gaussian,
     "predict nothing": np.ones(len(times)),
   }
-  path = job.workdir / "results" / "loss_per_noise_level.png"
-  figures.save_loss_per_level(path, np.asarray(log_snrs), curves)
-  columns = np.asarray(log_snrs), np.asarray(times), losses.mean(1), gaussian
+  if devices.is_first():
+    path = job.workdir / "results" / "loss_per_noise_level.png"
+    figures.save_loss_per_level(path, np.asarray(log_snrs), curves)
+  columns = np.asarray(log_snrs), np.asarray(times), losses.mean(0), gaussian
   names = "log_snr", "time", "loss", "gaussian_predictor_loss"
   result = {
     "split": options.split,
-    "num_examples": losses.shape[1],
+    "num_examples": len(losses),
     "loss": losses.mean(),
-    "standard_error": _standard_error(losses.mean(0)),
+    "standard_error": _standard_error(losses.mean(1)),
     "gaussian_predictor_loss": gaussian.mean(),
     "trivial_predictor_loss": 1.0,
     "levels": [dict(zip(names, map(float, row))) for row in zip(*columns)],

@@ -18,6 +18,7 @@ import numpy as np
 import settings
 import training
 from experiment import build
+from optimizers import make_optimizer
 
 STEPS = 40  # of each kind in a round
 
@@ -25,17 +26,16 @@ STEPS = 40  # of each kind in a round
 def measure(rounds: int) -> tuple[np.ndarray, np.ndarray]:
   """Seconds per step of each round: (in the loop, bare)."""
   config = settings.load_config_file(settings.DEFAULT_CONFIG)
-  every = {"log_every": STEPS, "sample_every": STEPS, "checkpoint_every": STEPS * (rounds + 1)}
-  config.training.update({"num_steps": STEPS * (rounds + 1), **every})
+  every = dict.fromkeys(("log_every", "sample_every"), STEPS)
+  rare = dict.fromkeys(("checkpoint_every", "evaluate_every"), STEPS * (rounds + 1))
+  config.training.update({"num_steps": STEPS * (rounds + 1), **every, **rare})
   experiment = build(config)
-  parts = experiment.sde, experiment.model, training.make_optimizer(config)
-  step = training.make_train_step(*parts, config, experiment.mesh)
-  shape = experiment.dataset.shape
-  state = [training.init_state(*parts[1:], shape, config.seed, experiment.mesh)]
-  batch = {
-    k: v[: config.training.batch_size] for k, v in experiment.dataset.splits["train"].items()
-  }
-  batch = jax.device_put(batch)
+  sde, model, mesh, shape = experiment.sde, experiment.model, experiment.mesh, experiment.spec.shape
+  optimizer, split = make_optimizer(config, sde), experiment.dataset.splits["train"]
+  step = training.make_train_step(sde, model, optimizer, config, mesh)
+  state = [training.init_state(model, optimizer, shape, config.seed, mesh)]
+  size = config.training.batch_size
+  batch = jax.device_put({name: values[None, :size] for name, values in split.items()})
   bare = []
 
   def time_bare(*_):
@@ -47,12 +47,10 @@ def measure(rounds: int) -> tuple[np.ndarray, np.ndarray]:
 
   time_bare()
   with tempfile.TemporaryDirectory() as workdir:
-    data_and_mesh = experiment.dataset, experiment.mesh
-    training.train(config, *parts[:2], *data_and_mesh, Path(workdir), time_bare)
-    lines = [
-      json.loads(line) for line in (Path(workdir) / "metrics.jsonl").read_text().splitlines()
-    ]
-  loop = [config.training.batch_size / line["images_per_second"] for line in lines]
+    parts = config, sde, model, experiment.dataset, mesh, Path(workdir)
+    training.train(*parts, {"sample_every": time_bare})
+    text = (Path(workdir) / "metrics.jsonl").read_text()
+  loop = [size / json.loads(line)["images_per_second"] for line in text.splitlines()]
   return np.array(loop[1:]), np.array(bare[2:])  # without the rounds that compiled
 
 

@@ -12,10 +12,12 @@ from flax import linen as nn
 from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
-import training
+import ema
 from experiment import abstract_init
 from models import dit
 from models.layers import adm, biggan, refinenet, unet
+from optimizers import make_optimizer
+from sde_lib import make_sde
 
 RESIDUAL = "residual blocks"
 KINDS = {
@@ -140,9 +142,10 @@ def measure(model: nn.Module, shape: tuple[int, ...]) -> tuple[Cost, dict[str, s
 def state_bytes(model: nn.Module, shape: tuple[int, ...], config: ConfigDict) -> dict[str, int]:
   """Memory of what a training step holds whatever the batch."""
   params = abstract_init(model, shape)[1]
-  size, optimizer = num_bytes(params), training.make_optimizer(config)
-  moments = num_bytes(jax.eval_shape(optimizer.init, params))
-  return {"parameters": size, "optimizer": moments, "EMA": size, "gradients": size}
+  sde = make_sde(config.sde.name, **config.sde.args)
+  size, optimizer = num_bytes(params), make_optimizer(config, sde)
+  moments, averages = num_bytes(jax.eval_shape(optimizer.init, params)), len(ema.decays(config))
+  return {"parameters": size, "optimizer": moments, "EMA": averages * size, "gradients": size}
 
 
 def largest_batch(memory: float, state: int, activations: int) -> int:

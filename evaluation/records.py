@@ -13,6 +13,9 @@ import settings
 # mode: the section of the configuration that its result depends on, beside the training
 SECTIONS = {"sample": "sampling", "likelihood": "likelihood", "evaluate": "evaluation"}
 
+# of a likelihood record: its number, and how it is called
+MEASURES = {"bits_per_dim": "bits/dim", "log_density_nats": "log-density in nats"}
+
 
 def result_path(workdir: Path, mode: str) -> Path:
   """Where the record of a mode lies."""
@@ -35,17 +38,18 @@ def summary(records: dict[str, dict[str, Any]], workdir: Path) -> str:
   """The closing table of a run."""
   rows = []
   if r := records.get("likelihood"):
-    dims = f"{r['split']} bits/dim, {r['num_examples']} images"
-    rows.append(
-      (dims, f"{r['bits_per_dim']:.3f} ± {r['standard_error']:.3f}", f"NFE {r['nfe_mean']:.0f}", r)
-    )
-    mixture = f"{r['baseline_bits_per_dim']:.3f} ± {r['baseline_standard_error']:.3f}"
-    rows.append(("  Gaussian mixture, 10 components", mixture, "", None))
+    key, unit = next((k, u) for k, u in MEASURES.items() if k in r)
+    what = f"{r['split']} {unit}, {r['num_examples']} examples"
+    rows.append((what, f"{r[key]:.3f} ± {r['standard_error']:.3f}", f"NFE {r['nfe_mean']:.0f}", r))
+    if "baseline" in r:
+      mixture = f"{r[f'baseline_{key}']:.3f} ± {r['baseline_standard_error']:.3f}"
+      rows.append(("  Gaussian mixture, 10 components", mixture, "", None))
   if r := records.get("evaluate"):
     rows.append(
       (f"{r['split']} denoising loss / dim", f"{r['loss']:.4f} ± {r['standard_error']:.4f}", "", r)
     )
-    rows.append(("  best Gaussian predictor", f"{r['gaussian_predictor_loss']:.4f}", "", None))
+    if r["gaussian_predictor_loss"] == r["gaussian_predictor_loss"]:
+      rows.append(("  best Gaussian predictor", f"{r['gaussian_predictor_loss']:.4f}", "", None))
   if r := records.get("sample"):
     rows.append((f"samples ({r['sampler']})", str(r["num_samples"]), f"NFE {r['nfe']}", r))
   lines = [

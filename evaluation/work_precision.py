@@ -23,7 +23,7 @@ import numpy as np
 from scipy.stats import norm
 
 import settings
-from evaluation import jobs
+from evaluation import trained
 from evaluation.two_sample import energy_test, frechet_test
 from parameterization import make_score_fn
 from sampling import SAMPLERS, sample, sample_ode, sample_sde, time_grid
@@ -169,7 +169,7 @@ def network_table(
   """(sampler, evaluations, Fréchet, energy distance, its p-value, seconds) against the
   reference.
   """
-  job = jobs.start(settings.read(workdir), workdir, train=False)
+  job = trained.start(settings.read(workdir), workdir, train=False)
   experiment, shape = job.experiment, (num_samples, *job.experiment.spec.shape)
 
   def draw(choice, seed):

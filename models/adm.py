@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
-from models.layers import adm
+from models.layers import adm, unet
 
 
 class Model(adm.Trunk):
@@ -19,11 +19,14 @@ class Model(adm.Trunk):
     null_class: the class table has one more row, the last, which stands for "no class": it is
       what labels=None means, and what classifier-free guidance trains by giving the label
       num_classes. The published tables have num_classes rows: without it, labels are required.
+    augment_dim: number of conditions that tell how the images were augmented, 9 for
+      `augment.augment`; 0: the network takes none.
   """
 
   learned_variance: bool = True
   num_classes: int = 0
   null_class: bool = False
+  augment_dim: int = 0
 
   @nn.compact
   def __call__(
@@ -32,11 +35,12 @@ class Model(adm.Trunk):
     c_noise: Float[Array, " b"],
     labels: Int[Array, " b"] | None = None,
     train: bool = False,
+    augmentation: Float[Array, "b n"] | None = None,
   ) -> Float[Array, "b h w out"]:
     """Maps x [b, h, w, c] and the timestep c_noise [b], on the scale the network was trained with
     (published: 0 .. 999), to [b, h, w, c] or, with learned variance, [b, h, w, 2 c], float32.
     """
-    embedding = self.time_embedding(c_noise)
+    embedding = self.time_embedding(c_noise, augmentation)
     if self._has_class(labels):
       embedding += self._class_embedding(labels, c_noise.shape)
     h, skips = self.encode(x, embedding, train)
@@ -49,6 +53,15 @@ class Model(adm.Trunk):
         h = self.stage(name, h, width, embedding, train, up)
     h = nn.swish(adm.group_norm(h.shape[-1], name="head_0")(h))
     return adm.conv(x.shape[-1] * (1 + self.learned_variance), name="head_2", init=adm.ZEROS)(h)
+
+  def time_embedding(
+    self, c_noise: Float[Array, " b"], augmentation: Float[Array, "b n"] | None = None
+  ) -> Float[Array, "b e"]:
+    """[b, 4 nf], float32; the conditions of the augmentation join the features of time."""
+    features = adm.timestep_embedding(c_noise, self.nf)
+    features = unet.augmented(features, self.augment_dim, augmentation, init=adm.ZEROS)
+    hidden = adm.dense(4 * self.nf, name="time_0")(features)
+    return adm.dense(4 * self.nf, name="time_2")(nn.swish(hidden))
 
   def _has_class(self, labels) -> bool:
     """Whether the network has classes; a ValueError where the labels do not fit it."""

@@ -47,6 +47,8 @@ class Model(nn.Module):
       class.
     classes_first: labels join the features of time, before the linear maps of the embedding and
       as a linear map themselves (Karras et al. 2022, released code); else they join the embedding.
+    augment_dim: number of conditions that tell how the images were augmented, 9 for
+      `augment.augment`; 0: the network takes none.
     centered: the data are in [-1, 1]; False: in [0, 1], mapped to [-1, 1] here.
     dtype: of the computation; parameters and output are float32.
     remat: compute the residual blocks again in the backward pass: less memory, more time.
@@ -71,6 +73,7 @@ class Model(nn.Module):
   init_scale: float = 0.0
   num_classes: int = 0
   classes_first: bool = False
+  augment_dim: int = 0
   centered: bool = True
   dtype: str = "float32"
   remat: bool = False
@@ -82,10 +85,11 @@ class Model(nn.Module):
     c_noise: Float[Array, " b"],
     labels: Int[Array, " b"] | None = None,
     train: bool = False,
+    augmentation: Float[Array, "b n"] | None = None,
   ) -> Float[Array, "b h w c"]:
     """Maps x [b, h, w, c] and the noise condition c_noise [b] to an output of the shape of x."""
     self._check(x.shape[1:3])
-    embedding = self._embedding(c_noise, labels)
+    embedding = self._embedding(c_noise, labels, augmentation)
     h = (x if self.centered else 2 * x - 1).astype(self.dtype)
     skips = self._down(h, embedding, train)
     h = self._block(skips[-1], skips[-1].shape[-1], embedding, train)
@@ -98,8 +102,9 @@ class Model(nn.Module):
         raise ValueError(f"{name} = {getattr(self, name)!r} is not one of {', '.join(legal)}")
     unet.check_size(size, 2 ** (len(self.ch_mult) - 1))
 
-  def _embedding(self, c_noise, labels):
+  def _embedding(self, c_noise, labels, augmentation):
     if not self.conditional:
+      unet.check_augmentation(0, augmentation)
       return None
     if self.embedding_type == "fourier":
       features = biggan.FourierEmbedding(self.nf, self.fourier_scale)(c_noise)
@@ -108,6 +113,7 @@ class Model(nn.Module):
     num_classes = self.num_classes
     if num_classes and self.classes_first:
       features, num_classes = features + self._class_features(labels, features), 0
+    features = unet.augmented(features, self.augment_dim, augmentation, dtype=self.dtype)
     return unet.noise_embedding(features, 4 * self.nf, num_classes, labels, self.dtype)
 
   def _class_features(self, labels, features):

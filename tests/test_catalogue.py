@@ -268,9 +268,9 @@ def test_one_checkpoint_serves_every_sampler(tmp_path):
   """Row 29: saved once, it draws its law by each sampler, whatever the number of steps."""
   params = {"mean": jnp.asarray(0.7), "log_variance": jnp.log(0.25)}
   with Checkpoints(tmp_path) as saved:
-    saved.save(1, TrainState(jnp.asarray(1), params, (), params))
+    saved.save(1, TrainState(jnp.asarray(1), params, (), (params,)))
   with Checkpoints(tmp_path, read_only=True) as saved:
-    params = saved.restore_ema(1, jax.tree.map(jnp.zeros_like, params))
+    params = saved.restore_item(1, "ema0", jax.tree.map(jnp.zeros_like, params))
   sde, n, key = make_sde("vp", t_min=1e-3), 2000, jax.random.key(0)
   options = {"annealed_langevin": {"step_lr": 2e-5, "num_steps": 20}}
 

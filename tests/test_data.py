@@ -1,7 +1,10 @@
 """The digits, their batches and the transform."""
 
 import itertools
+import pickle
 import sys
+import time
+import tracemalloc
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +14,7 @@ from sklearn.datasets import load_digits
 from tiny import tiny_config
 
 import data
+from data_sources.rows import Gather
 from errors import ConfigError
 
 
@@ -66,15 +70,69 @@ def test_batches_resume_exactly():
     np.testing.assert_array_equal(a["image"], b["image"])
 
 
-def test_hosts_share_each_batch_without_overlap(monkeypatch):
-  whole = take(data.batches(numbered(12), 4, seed=1), 6)
-  monkeypatch.setattr(jax, "process_count", lambda: 2)
+def parts_of(monkeypatch, num_hosts, split, batch_size, num_batches):
+  """The batches of each of several hosts."""
+  monkeypatch.setattr(jax, "process_count", lambda: num_hosts)
   parts = []
-  for host in (0, 1):
+  for host in range(num_hosts):
     monkeypatch.setattr(jax, "process_index", lambda host=host: host)
-    parts.append(take(data.batches(numbered(12), 4, seed=1), 6))
+    parts.append(take(data.batches(split, batch_size, seed=1), num_batches))
+  return parts
+
+
+def test_four_hosts_together_see_every_example_once_per_epoch(monkeypatch):
+  n = 22  # hosts divide neither the examples nor an epoch's batches
+  parts = parts_of(monkeypatch, 4, numbered(n), 8, 11)
+  assert all(len(batch["image"]) == 2 for part in parts for batch in part)
+  drawn = np.concatenate([part[k]["image"] for k in range(11) for part in parts])
+  epochs = drawn.reshape(4, n)
+  np.testing.assert_array_equal(np.sort(epochs), np.broadcast_to(np.arange(n), (4, n)))
+
+
+def test_hosts_must_divide_the_batch(monkeypatch):
+  with pytest.raises(ConfigError, match=r"training.batch_size = 6 .*\n.*4 hosts"):
+    parts_of(monkeypatch, 4, numbered(12), 6, 1)
+
+
+def test_a_data_set_may_be_smaller_than_a_batch():
+  drawn = np.concatenate([b["image"] for b in take(data.batches(numbered(3), 8, seed=0), 3)])
+  assert all(sorted(epoch) == [0, 1, 2] for epoch in drawn.reshape(8, 3))
+
+
+def test_late_batches_of_a_large_data_set_come_at_once():
+  split = {"image": np.broadcast_to(np.zeros(1, np.uint8), (3_000_000, 4))}
+  tracemalloc.start()
+  begin = time.perf_counter()
+  batch = next(data.batches(split, 128, seed=0, start=10**6))
+  seconds, (_, peak) = time.perf_counter() - begin, tracemalloc.get_traced_memory()
+  tracemalloc.stop()
+  assert batch["image"].shape == (128, 4) and seconds < 2 and peak < 1e6
+
+
+def test_worker_processes_give_the_same_batches_and_resume_exactly(tmp_path):
+  np.save(tmp_path / "image.npy", np.arange(10))
+  split = {"image": np.load(tmp_path / "image.npy", mmap_mode="r"), "label": np.arange(10)}
+  straight = take(data.batches(split, 4, seed=3), 12)
+  resumed = take(data.batches(split, 4, seed=3, start=5, num_workers=2), 7)
+  for a, b in zip(straight[5:], resumed):
+    np.testing.assert_array_equal(a["image"], b["image"])
+    np.testing.assert_array_equal(a["label"], b["label"])
+
+
+def test_a_memory_mapped_file_reaches_a_worker_as_its_name(tmp_path):
+  np.save(tmp_path / "image.npy", np.arange(100_000))
+  whole = np.load(tmp_path / "image.npy", mmap_mode="r")
+  for array, is_small in ((whole, True), (whole[50_000:], False)):
+    pickled = pickle.dumps(Gather({"image": array}))
+    assert (len(pickled) < 1000) == is_small
+    assert pickle.loads(pickled).rows(np.array([3]))["image"] == array[3]
+
+
+def test_hosts_take_each_batch_in_turn(monkeypatch):
+  whole = take(data.batches(numbered(12), 4, seed=1), 6)
+  parts = parts_of(monkeypatch, 2, numbered(12), 4, 6)
   for batch, a, b in zip(whole, *parts):
-    assert set(batch["image"]) == set(a["image"]) | set(b["image"]) and len(a["image"]) == 2
+    np.testing.assert_array_equal(np.concatenate([a["image"], b["image"]]), batch["image"])
 
 
 def test_a_data_folder_that_cannot_be_written_is_named(tmp_path):
@@ -83,16 +141,10 @@ def test_a_data_folder_that_cannot_be_written_is_named(tmp_path):
     data.load(chosen("digits", dir=str(tmp_path / "file" / "below")))
 
 
-def test_an_unknown_data_set_lists_the_known_ones():
-  with pytest.raises(ConfigError, match=r"'digits'.*'tfds:cifar10'"):
-    data.load(chosen("mnist"))
-
-
-def test_a_data_set_without_a_builder_says_which_can_be_loaded():
-  with pytest.raises(
-    ConfigError, match=r"'tfds:cifar10' is not usable.\n  legal: 'digits': .*only"
-  ):
-    data.load(chosen("tfds:cifar10"))
+@pytest.mark.parametrize("name", ["mnist", "toy", "webdataset:x"])
+def test_an_unknown_source_lists_the_known_ones(name):
+  with pytest.raises(ConfigError, match=r"data.name = .*\n.*'digits', .*'folder:', .*'tfds:'"):
+    data.load(chosen(name))
 
 
 def test_what_is_declared_is_what_is_loaded(digits):
@@ -102,7 +154,8 @@ def test_what_is_declared_is_what_is_loaded(digits):
     digits.num_classes,
     set(digits.splits),
   )
-  assert data.transform_of("digits") == digits.transform == data.Transform(17)
+  assert spec == digits.spec
+  assert data.transform_of(spec) == digits.transform == data.Transform(17)
 
 
 @pytest.mark.parametrize(
@@ -110,10 +163,12 @@ def test_what_is_declared_is_what_is_loaded(digits):
   [
     ("tfds:cifar10", 0, (32, 32, 3)),
     ("tfds:cifar10", 32, (32, 32, 3)),
-    ("tfds:cifar10", 16, None),
+    ("tfds:cifar10", 16, (16, 16, 3)),
     ("digits", 16, None),
     ("tfds:celeb_a", 64, (64, 64, 3)),
-    ("tfds:celeb_a", 0, None),
+    ("tfds:celeb_a", 0, (218, 178, 3)),
+    ("tfds:lsun/bedroom", 0, None),
+    ("ffhq", 256, (256, 256, 3)),
   ],
 )
 def test_images_have_the_declared_size_unless_they_are_resized(name, size, shape):
@@ -137,3 +192,13 @@ def test_dequantized_values_return_to_their_level_even_for_the_largest_draw(monk
   monkeypatch.setattr(jax.random, "uniform", largest)
   x = transform.dequantize(jax.random.key(0), k)
   np.testing.assert_array_equal(transform.inverse(x), k)
+
+
+def test_continuous_values_have_no_bins_and_stay_as_they_are():
+  transform = data.transform_of(data.Spec((2,), levels=0), centered=False)
+  x = jnp.array([[-7.5, 1e6]])
+  for y in (transform.forward(x), transform.dequantize(jax.random.key(0), x), transform.inverse(x)):
+    assert y.dtype == jnp.float32 and (y == x).all()
+  assert transform == data.Transform(0)
+  with pytest.raises(ValueError, match="no bins"):
+    _ = transform.bin_width

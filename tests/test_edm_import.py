@@ -253,7 +253,8 @@ def described(model, shape):
 def test_every_array_of_the_published_networks_is_used(name):
   parts = experiment.outline(config_of(name))
   model, shape = parts.model, parts.spec.shape
-  shapes = {k: v for k, v in Shapes(**published(name)).items() if not edm.UNUSED.fullmatch(k)}
+  shapes = Shapes(**published(name) | ({} if model.augment_dim else {"augment": 0}))
+  shapes = {k: v for k, v in shapes.items() if not edm.UNUSED.fullmatch(k)}
   sources, params = described(model.clone(dropout=0.0), shape)
   assert sources.keys() == params.keys()
   assert {source.name for source in sources.values()} == shapes.keys()
@@ -269,7 +270,27 @@ def test_what_is_not_for_us_is_skipped_by_name(tmp_path):
   skipped = {name.removesuffix("resample_filter") for name in shapes.keys() - arrays.keys()}
   filtered = ("enc.4x4_down.conv0", "enc.4x4_down.skip", "enc.4x4_aux_residual")
   filtered += ("dec.8x8_up.conv0", "dec.8x8_up.skip")
-  assert skipped == {"model.map_augment.weight", *(f"model.{name}." for name in filtered)}
+  assert skipped == {f"model.{name}." for name in filtered}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_the_map_of_the_augmentation_is_loaded_where_the_network_has_it(name, tmp_path):
+  model, sizes = NETWORKS[name]
+  arrays = weights(Shapes(**sizes | {"augment": 9}))
+  path = save(tmp_path / "network.pkl", arrays)
+  without = load_variables(path, model, shape=(8, 8, 3))["params"]
+  params = load_variables(path, model.clone(augment_dim=9), shape=(8, 8, 3))["params"]
+  kernel = params.pop("augmentation")["kernel"]
+  np.testing.assert_array_equal(kernel, arrays["model.map_augment.weight"].T)
+  jax.tree.map(np.testing.assert_array_equal, params, without)
+
+
+def test_a_file_without_the_map_of_the_augmentation_is_not_for_a_network_with_it(tmp_path):
+  model, sizes = NETWORKS["adm"]
+  path = save(tmp_path / "network.pkl", weights(Shapes(**sizes)))
+  missing = r"missing: model\.map_augment\.weight, for augmentation/kernel \(9, 128\)"
+  with pytest.raises(ConfigError, match=missing):
+    load_variables(path, model.clone(augment_dim=9), shape=(8, 8, 3))
 
 
 UNCONDITIONAL = {"num_classes": 0}

@@ -9,7 +9,7 @@ import pytest
 
 import settings
 from errors import ConfigError
-from evaluation import importing, jobs
+from evaluation import importing, jobs, trained
 
 PARITY = Path(__file__).parents[2] / "shared" / "parity"
 FILE = PARITY / "score_sde_ddpm.pth"
@@ -36,7 +36,7 @@ def config():
 def test_an_imported_run_has_the_published_network_and_can_be_sampled(config, tmp_path, capsys):
   importing.run(config, tmp_path)
   assert "685,731 parameters (ema)" in capsys.readouterr().out
-  job = jobs.start(settings.read(tmp_path), tmp_path, train=False)
+  job = trained.start(settings.read(tmp_path), tmp_path, train=False)
   assert job.step == 0
   example = np.load(FILE.with_suffix(".npz"))
   x, t = (np.asarray(example[name]) for name in ("x", "time_cond"))

@@ -1,4 +1,12 @@
-"""The train step, the EMA, the schedule; resuming; devices."""
+"""The train step on any mesh, the loop, resuming, what ends a run."""
+
+import contextlib
+import itertools
+import json
+import os
+import re
+import resource
+import signal
 
 import jax
 import jax.numpy as jnp
@@ -8,10 +16,17 @@ from jax.sharding import NamedSharding, PartitionSpec
 from tiny import tiny_config
 
 import data
+import devices
+import ema
+import losses
 import training
 from checkpoint import Checkpoints
-from errors import RunError
+from errors import ConfigError, RunError, Stopped
 from experiment import build
+from optimizers import loss_history, make_optimizer
+from run_control import only_run
+
+MODEL = {"model__args__ch_mult": (1, 2), "training__batch_size": 8}
 
 
 @pytest.fixture(scope="module")
@@ -19,144 +34,254 @@ def experiment():
   return build(tiny_config())
 
 
-def mesh_of(num_devices):
-  axis = (jax.sharding.AxisType.Auto,)
-  return jax.make_mesh((num_devices,), ("data",), axis, devices=jax.devices()[:num_devices])
+def mesh_of(num_devices, fsdp=1):
+  return devices.make_mesh(fsdp, jax.devices()[:num_devices])
 
 
-def run_steps(experiment, config, mesh, num_steps, each=lambda state: None):
+def stacked(config, experiment, mesh, num_steps, start=0, edit=lambda batch: batch):
+  """Batches [1, b, ...] on the mesh."""
+  split = experiment.dataset.splits["train"]
+  source = data.batches(split, config.training.batch_size, config.seed, start)
+  sharding = NamedSharding(mesh, PartitionSpec(None, mesh.axis_names))
+  for batch in itertools.islice(source, num_steps):
+    one = {name: values[None] for name, values in edit(batch).items()}
+    yield devices.to_devices(one, sharding)
+
+
+def run_steps(config, mesh, num_steps, num_parts=1, each=lambda state: None, **options):
   """Trains from the initialisation: (state, losses, the compiled step)."""
-  optimizer, shape = training.make_optimizer(config), experiment.dataset.shape
-  state = training.init_state(experiment.model, optimizer, shape, config.seed, mesh)
-  step = training.make_train_step(experiment.sde, experiment.model, optimizer, config, mesh)
-  batches = data.batches(
-    experiment.dataset.splits["train"], config.training.batch_size, config.seed
-  )
-  losses = []
+  experiment = build(config)
+  optimizer = make_optimizer(config, experiment.sde)
+  shape, averages = experiment.spec.shape, len(ema.decays(config))
+  state = training.init_state(experiment.model, optimizer, shape, config.seed, mesh, averages)
+  parts = experiment.sde, experiment.model, optimizer, config, mesh
+  step, seen = training.make_train_step(*parts, num_parts), []
   each(state)
-  for _ in range(num_steps):
-    batch = jax.device_put(next(batches), NamedSharding(mesh, PartitionSpec("data")))
+  for batch in stacked(config, experiment, mesh, num_steps, **options):
     state, metrics = step(state, batch)
-    losses.append(float(metrics["loss"]))
+    seen.append(float(metrics["loss"][-1]))
     each(state)
-  return state, losses, step
+  return state, seen, step
+
+
+def assert_close(first, second, **tolerance):
+  for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True):
+    np.testing.assert_allclose(np.asarray(a), np.asarray(b), **tolerance)
+
+
+def assert_same(first, second):
+  assert_close(first, second, rtol=0, atol=0)
 
 
 @pytest.fixture(scope="module")
-def one_device(experiment):
-  return run_steps(experiment, experiment.config, mesh_of(1), 5)
+def one_device():
+  return run_steps(tiny_config(), mesh_of(1), 50)
 
 
-@pytest.mark.parametrize("num_devices", [2, 4])
-def test_devices_change_nothing_but_rounding(experiment, one_device, num_devices):
-  state, losses, _ = run_steps(experiment, experiment.config, mesh_of(num_devices), 5)
-  np.testing.assert_allclose(losses, one_device[1], rtol=2e-6)
-  for a, b in zip(jax.tree.leaves(state.ema_params), jax.tree.leaves(one_device[0].ema_params)):
-    np.testing.assert_allclose(a, b, atol=2e-5)
+@pytest.mark.parametrize("num_devices, fsdp", [(2, 1), (4, 1), (4, 2)])
+def test_devices_change_nothing_but_rounding(monkeypatch, one_device, num_devices, fsdp):
+  monkeypatch.setattr(devices, "SMALLEST_SHARDED", 16)
+  _, seen, _ = run_steps(tiny_config(), mesh_of(num_devices, fsdp), 50)
+  np.testing.assert_allclose(seen, one_device[1], rtol=1e-5)
+
+
+@pytest.mark.parametrize("num_devices, num_parts", [(1, 4), (2, 2)])
+def test_parts_of_a_batch_change_nothing_but_rounding(one_device, num_devices, num_parts):
+  _, seen, _ = run_steps(tiny_config(), mesh_of(num_devices), 20, num_parts)
+  np.testing.assert_allclose(seen, one_device[1][:20], rtol=1e-5)
+
+
+def test_several_steps_in_one_call_are_the_same_steps(one_device):
+  config, mesh = tiny_config(), mesh_of(1)
+  experiment = build(config)
+  optimizer = make_optimizer(config, experiment.sde)
+  parts = experiment.sde, experiment.model, optimizer, config, mesh
+  step = training.make_train_step(*parts)
+  state = training.init_state(experiment.model, optimizer, (8, 8, 1), config.seed, mesh)
+  batches = list(stacked(config, experiment, mesh, 10))
+  state, metrics = step(state, jax.tree.map(lambda *x: jnp.concatenate(x), *batches))
+  np.testing.assert_allclose(metrics["loss"], one_device[1][:10], rtol=1e-5)
+  assert int(state.step) == 10
 
 
 def test_gradients_are_means_over_devices(experiment):
   """Adam hides a wrong scale of the gradients, so plain gradient descent is compared."""
-  import optax
-
-  updated = []
-  for num_devices in (1, 4):
-    mesh, optimizer = mesh_of(num_devices), optax.sgd(1.0)
-    args = experiment.sde, experiment.model, optimizer, experiment.config, mesh
-    step = training.make_train_step(*args)
-    shape = experiment.dataset.shape
-    state = training.init_state(experiment.model, optimizer, shape, 0, mesh)
-    batch = {k: v[:8] for k, v in experiment.dataset.splits["train"].items()}
-    batch = jax.device_put(batch, NamedSharding(mesh, PartitionSpec("data")))
-    updated.append(step(state, batch)[0].params)
-  for a, b in zip(*map(jax.tree.leaves, updated)):
-    np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+  config = tiny_config(optimizer__name="sgd", optimizer__warmup_steps=0)
+  updated = [run_steps(config, mesh_of(n), 1)[0].params for n in (1, 4)]
+  assert_close(*updated, rtol=1e-4, atol=1e-6)
 
 
-def test_step_compiles_once_and_donates_its_state(experiment, one_device):
+def collectives(config, mesh):
+  """How often each collective stands in the compiled train step."""
+  experiment = build(config)
+  optimizer = make_optimizer(config, experiment.sde)
+  state = training.abstract_state(experiment.model, optimizer, (8, 8, 1), mesh)
+  step = training.make_train_step(experiment.sde, experiment.model, optimizer, config, mesh)
+  text = step.lower(state, next(stacked(config, experiment, mesh, 1))).compile().as_text()
+  names = "all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute"
+  return {name: len(re.findall(rf"= .*? {name}(-start)?\(", text)) for name in names}
+
+
+def test_a_step_has_one_all_reduce_and_no_other_collective():
+  counts = collectives(tiny_config(), mesh_of(4))
+  assert counts.pop("all-reduce") == 1 and not any(counts.values())
+
+
+def test_fsdp_splits_state_and_gradients(monkeypatch):
+  monkeypatch.setattr(devices, "SMALLEST_SHARDED", 16)
+  config, mesh = tiny_config(), mesh_of(4, 2)
+  counts = collectives(config, mesh)
+  assert counts["all-gather"] and counts["reduce-scatter"]
+  state, _, _ = run_steps(config, mesh, 1)
+  for tree in (state.params, state.opt_state, state.ema_params):
+    large = [leaf for leaf in jax.tree.leaves(tree) if leaf.size >= 64]
+    halves = [leaf.addressable_shards[0].data.size * 2 == leaf.size for leaf in large]
+    assert np.mean(halves) > 0.8, "state that is not split"
+
+
+def test_step_compiles_once_and_donates_its_state(one_device):
   assert one_device[2]._cache_size() == 1
   states = []
-  run_steps(experiment, experiment.config, mesh_of(1), 1, states.append)
+  run_steps(tiny_config(), mesh_of(1), 1, each=states.append)
   assert all(leaf.is_deleted() for leaf in jax.tree.leaves(states[0].params))
 
 
-def test_ema_equals_its_closed_form(experiment):
-  """ema_n = sum_k w_k params_k, w_k = (1 - d_k) prod_{j > k} d_j; the start weighs prod d_j."""
-  config, params = tiny_config(ema__half_life_images=20.0, ema__ramp_up=0.5), []
-  keep = lambda state: params.append(jax.device_get(state.params))
-  state, _, _ = run_steps(experiment, config, mesh_of(1), 5, keep)
-  seen = 8 * np.arange(1, 6)
-  decays = 0.5 ** (8 / np.minimum(20.0, 0.5 * seen))
-  weights = [np.prod(decays)] + [(1 - d) * np.prod(decays[k + 1 :]) for k, d in enumerate(decays)]
-  expected = jax.tree.map(
-    lambda *p: sum(w * v.astype(np.float64) for w, v in zip(weights, p)), *params
+def nan_in_batch(number):
+  """Edits the batches so that one of them has values far outside of the floats."""
+  count = itertools.count()
+  return lambda batch: (
+    batch | {"image": batch["image"] * np.float32(np.nan)} if next(count) == number else batch
   )
-  raw = False
-  leaves = zip(*map(jax.tree.leaves, (state.ema_params, expected, params[-1], params[0])))
-  for ema, exact, last, first in leaves:
-    np.testing.assert_allclose(ema, exact, atol=1e-7)
-    raw |= not np.allclose(ema, last, atol=1e-6) and not np.allclose(ema, first, atol=1e-6)
-  assert raw, "the EMA is neither the last nor the first parameters"
 
 
-def test_ema_half_life_is_in_images():
-  """After half-life / batch steps an old value weighs one half, whatever the batch size."""
-  for batch_size in (10, 50):
-    decay = training.ema_decay(jnp.asarray(10**6), batch_size, 1000.0, 0.05)
-    np.testing.assert_allclose(decay ** (1000 / batch_size), 0.5, rtol=1e-4)
+def test_a_step_without_finite_gradients_is_skipped_and_counted():
+  config, states = tiny_config(), []
+  keep = lambda state: states.append(jax.device_get(state))
+  state, seen, _ = run_steps(config, mesh_of(2), 4, each=keep, edit=nan_in_batch(2))
+  assert np.isnan(seen[2]) and np.isfinite([seen[0], seen[1], seen[3]]).all()
+  assert_same(states[2].params, states[3].params)
+  assert_same(states[2].ema_params, states[3].ema_params)
+  assert int(state.step) == 4 and not np.allclose(*map(first_leaf, (states[3], states[4])))
 
 
-def test_learning_rate_warms_up_from_its_first_fraction_and_ends_at_zero():
-  config = tiny_config(
-    optimizer__warmup_steps=4, training__num_steps=100, optimizer__learning_rate=0.1
-  )
-  rate = training.learning_rate(config)
-  np.testing.assert_allclose(rate(0), 0.1 / 4, rtol=1e-6)
-  np.testing.assert_allclose(rate(50), 0.05, rtol=1e-6)
-  assert rate(100) < 1e-8
+def first_leaf(state):
+  return np.asarray(jax.tree.leaves(state.params)[-1])
+
+
+def test_labels_are_dropped_as_often_as_asked():
+  model = build(tiny_config()).model.clone(num_classes=10)
+  keys = jax.random.split(jax.random.key(0), 4000)
+  labels = training._labels(keys, {"label": jnp.full(4000, 3)}, model, 0.25)
+  assert set(np.unique(labels)) == {3, 10}
+  assert abs(float((labels == 10).mean()) - 0.25) < 4 * np.sqrt(0.25 * 0.75 / 4000)
+
+
+def test_the_losses_of_the_noise_levels_are_remembered():
+  config = tiny_config(loss__time_sampler="loss_second_moment")
+  states = [run_steps(config, mesh_of(n), 3)[0] for n in (1, 4)]
+  history = loss_history(states[0].opt_state)
+  assert int(history.counts.sum()) == 24 and isinstance(history, losses.LossHistory)
+  assert_close(history, loss_history(states[1].opt_state), rtol=1e-4)
+
+
+def train(experiment, workdir, callback=lambda step, params: {}, mesh=None):
+  workdir.mkdir(exist_ok=True)
+  parts = experiment.config, experiment.sde, experiment.model, experiment.dataset
+  return training.train(*parts, mesh or mesh_of(1), workdir, {"sample_every": callback})
 
 
 class Killed(Exception):
   """Stands for a kill: nothing after it runs."""
 
 
-def train(experiment, workdir, preview=lambda step, params: None, mesh=None):
-  workdir.mkdir(exist_ok=True)
-  parts = experiment.config, experiment.sde, experiment.model, experiment.dataset
-  return training.train(*parts, mesh or mesh_of(1), workdir, preview)
-
-
-def final_state(experiment, workdir, mesh):
-  optimizer = training.make_optimizer(experiment.config)
-  target = training.abstract_state(experiment.model, optimizer, experiment.dataset.shape, mesh)
-  with Checkpoints(workdir / "checkpoints") as checkpoints:
-    return checkpoints.restore(checkpoints.latest(), target)
-
-
-def test_a_killed_run_resumes_bit_for_bit(experiment, tmp_path, capsys):
-  def kill(step, params):
-    if step == 3:
+def kill_at(number):
+  def callback(step, averages):
+    if step == number:
       raise Killed
+    return {}
 
-  ema = train(experiment, tmp_path / "straight")
+  return callback
+
+
+OPTIONS = {
+  "plain": {},
+  "steps_per_call": {"training__steps_per_call": 2},
+  "averages": {"ema__half_life_images": (50.0, 100.0), "ema__sigma_rel": (0.1,)},
+  "aware": {"loss__time_sampler": "loss_second_moment"},
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_a_killed_run_resumes_bit_for_bit(tmp_path, capsys, name):
+  experiment = build(tiny_config(**OPTIONS[name], training__num_steps=8))
+  straight = jax.device_get(train(experiment, tmp_path / "straight"))
   assert "fresh start" in capsys.readouterr().out
   with pytest.raises(Killed):
-    train(experiment, tmp_path / "killed", kill)
-  resumed = train(experiment, tmp_path / "killed")
-  assert "resumed at step 3" in capsys.readouterr().out
-  for a, b in zip(jax.tree.leaves(ema), jax.tree.leaves(resumed)):
-    np.testing.assert_array_equal(a, b)
-  states = [final_state(experiment, tmp_path / name, mesh_of(1)) for name in ("straight", "killed")]
-  for a, b in zip(*map(jax.tree.leaves, states)):
-    np.testing.assert_array_equal(a, b)
+    train(experiment, tmp_path / "killed", kill_at(4 if "steps" in name else 3))
+  resumed = jax.device_get(train(experiment, tmp_path / "killed"))
+  assert re.search("resumed at step [34] of 8", capsys.readouterr().out)
+  assert_same(straight, resumed)
+  again = jax.device_get(train(experiment, tmp_path / "killed"))
+  assert "finished at step 8" in capsys.readouterr().out
+  assert_same(straight, again)
 
 
-def test_a_checkpoint_restores_onto_another_number_of_devices(experiment, tmp_path):
-  ema = train(experiment, tmp_path)
-  state = final_state(experiment, tmp_path, mesh_of(4))
-  for a, b in zip(jax.tree.leaves(ema), jax.tree.leaves(state.ema_params)):
-    np.testing.assert_array_equal(a, b)
-    assert len(b.sharding.device_set) == 4
+def lines_of(workdir):
+  return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_metrics_are_written_once_per_step_and_for_tensorboard(experiment, tmp_path):
+  with pytest.raises(Killed):
+    train(experiment, tmp_path, kill_at(6))
+  (tmp_path / "checkpoints" / "6" / "commit_success.txt").unlink()
+  with open(tmp_path / "metrics.jsonl", "a") as file:
+    file.write('{"step": 6, "lo')
+  train(experiment, tmp_path, lambda step, averages: {"seen": float(step)})
+  lines = [line for line in lines_of(tmp_path) if "loss" in line]
+  assert [line["step"] for line in lines] == [2, 3, 4, 6]
+  names = {"loss", "grad_norm", "learning_rate", "images_per_second", "input_wait", "skipped_steps"}
+  assert all(names <= line.keys() for line in lines)
+  assert [line["step"] for line in lines_of(tmp_path) if "seen" in line] == [6]
+  assert list((tmp_path / "tensorboard").iterdir())
+
+
+def test_a_checkpoint_restores_onto_another_mesh(monkeypatch, experiment, tmp_path):
+  monkeypatch.setattr(devices, "SMALLEST_SHARDED", 16)
+  saved = train(experiment, tmp_path)
+  optimizer = make_optimizer(experiment.config, experiment.sde)
+  for mesh in (mesh_of(4), mesh_of(4, 2)):
+    target = training.abstract_state(experiment.model, optimizer, (8, 8, 1), mesh)
+    with Checkpoints(tmp_path / "checkpoints") as checkpoints:
+      state = checkpoints.restore(6, target)
+    assert_same(saved, state)
+    assert all(len(leaf.sharding.device_set) == 4 for leaf in jax.tree.leaves(state))
+
+
+def damage(folder):
+  """Cuts the largest file of a checkpoint in half."""
+  files = sorted(folder.rglob("*"), key=lambda path: path.is_file() and path.stat().st_size)
+  os.truncate(files[-1], files[-1].stat().st_size // 2)
+
+
+def test_a_damaged_checkpoint_is_put_aside_and_the_one_before_is_taken(
+  experiment, tmp_path, capsys
+):
+  straight = jax.device_get(train(experiment, tmp_path))
+  damage(tmp_path / "checkpoints" / "6")
+  resumed = train(experiment, tmp_path)
+  output = capsys.readouterr().out
+  assert "6 cannot be read" in output and "resumed at step 3" in output
+  assert (tmp_path / "unreadable" / "6").is_dir()
+  assert_same(straight, jax.device_get(resumed))
+
+
+def test_without_a_readable_checkpoint_nothing_is_overwritten(experiment, tmp_path):
+  train(experiment, tmp_path)
+  for step in ("3", "6"):
+    damage(tmp_path / "checkpoints" / step)
+  with pytest.raises(RunError, match="3 cannot be read"):
+    train(experiment, tmp_path)
+  assert (tmp_path / "checkpoints" / "3").is_dir()
 
 
 def test_a_half_deleted_checkpoint_is_not_counted(experiment, tmp_path):
@@ -166,21 +291,116 @@ def test_a_half_deleted_checkpoint_is_not_counted(experiment, tmp_path):
     assert checkpoints.latest() == 3
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(tmp_path):
-  bad = build(tiny_config(optimizer__learning_rate=1e30, training__checkpoint_every=1))
-  with pytest.raises(RunError, match=r"the loss is (nan|inf) at step"):
+@contextlib.contextmanager
+def small_disk(num_bytes):
+  """No file may grow beyond this: writing fails as on a full disk."""
+  before = resource.getrlimit(resource.RLIMIT_FSIZE)
+  signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, before[1]))
+  try:
+    yield
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_full_disk_ends_the_run_with_a_message_and_keeps_what_is_there(tmp_path):
+  experiment = build(tiny_config(training__num_steps=9))
+  with pytest.raises(Killed):
+    train(experiment, tmp_path, kill_at(3))
+  with small_disk(2000), pytest.raises(RunError, match="could not be written") as raised:
+    train(experiment, tmp_path)
+  assert "kept:" in str(raised.value) and "3" in str(raised.value)
+  resumed = jax.device_get(train(experiment, tmp_path))
+  assert_same(resumed, jax.device_get(train(experiment, tmp_path.with_name("straight"))))
+
+
+def test_steps_that_are_never_finite_end_the_run_and_keep_the_last_checkpoint(tmp_path):
+  wild = {"optimizer__learning_rate": 1e30, "training__checkpoint_every": 1}
+  bad = build(tiny_config(**wild, training__max_skipped=3, training__num_steps=20))
+  with pytest.raises(RunError, match=r"not finite in \d steps in a row.*max_skipped = 3"):
     train(bad, tmp_path)
   steps = sorted(int(p.name) for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit())
   assert steps == [1]
 
 
-def test_metrics_are_written_as_lines_and_for_tensorboard(experiment, tmp_path):
-  import json
+def test_sigterm_saves_and_stops(experiment, tmp_path, capsys):
+  def terminate(step, averages):
+    if step == 3:
+      os.kill(os.getpid(), signal.SIGTERM)
+    return {}
 
-  train(experiment, tmp_path)
-  lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-  assert [line["step"] for line in lines] == [2, 3, 4, 6]
-  assert all(
-    {"loss", "grad_norm", "learning_rate", "images_per_second"} <= line.keys() for line in lines
-  )
-  assert list((tmp_path / "tensorboard").iterdir())
+  with pytest.raises(Stopped, match="stopped at step 4"):
+    train(experiment, tmp_path / "stopped", terminate)
+  with Checkpoints(tmp_path / "stopped" / "checkpoints", read_only=True) as checkpoints:
+    assert checkpoints.latest() == 4
+  resumed = jax.device_get(train(experiment, tmp_path / "stopped"))
+  assert_same(resumed, jax.device_get(train(experiment, tmp_path / "straight")))
+
+
+def test_the_host_looks_at_the_devices_only_to_log(monkeypatch, tmp_path):
+  """Between two reports nothing waits for the devices."""
+  config = tiny_config(training__num_steps=30, training__log_every=10)
+  with config.unlocked():
+    config.training.update(checkpoint_every=30, sample_every=30)
+  step, reads, wait, array = [0], set(), jax.block_until_ready, type(jnp.ones(1))
+  value = array._value
+
+  def counted(x):
+    reads.add(step[0])
+    return value.fget(x)
+
+  def asked(self, number):
+    step[0] = number
+    return False
+
+  monkeypatch.setattr(array, "_value", property(counted))
+  monkeypatch.setattr(jax, "block_until_ready", lambda x: reads.add(step[0]) or wait(x))
+  monkeypatch.setattr(training.Stop, "asked", asked)
+  train(build(config), tmp_path)
+  assert reads == {0, 10, 20, 30}, "0: the first step, waited for before it is asked to stop"
+
+
+def test_memory_decides_the_parts_of_a_batch(capsys, tmp_path):
+  plain = tiny_config(training__batch_size=64, training__num_steps=3)
+  whole = jax.device_get(train(build(plain), tmp_path / "whole"))
+  assert "parts" not in capsys.readouterr().out
+  limited = tiny_config(training__batch_size=64, training__num_steps=3, training__memory_gib=0.004)
+  parts = jax.device_get(train(build(limited), tmp_path / "parts"))
+  assert re.search(r"each batch in \d+ parts of \d+ per device", capsys.readouterr().out)
+  assert_close(whole.params, parts.params, rtol=1e-3, atol=1e-5)
+  given = tiny_config(training__batch_size=64, training__num_steps=3, training__batch_per_device=16)
+  train(build(given), tmp_path / "given")
+  assert "each batch in 4 parts of 16 per device" in capsys.readouterr().out
+  impossible = tiny_config(training__memory_gib=1e-6)
+  with pytest.raises(RunError, match="one example per device"):
+    train(build(impossible), tmp_path / "impossible")
+
+
+def test_a_second_run_in_a_workdir_is_refused(tmp_path):
+  with only_run(tmp_path):
+    with pytest.raises(ConfigError, match=f"in use: process {os.getpid()} on "), only_run(tmp_path):
+      pass
+  with only_run(tmp_path):
+    pass
+
+
+def test_a_profile_is_written(tmp_path):
+  train(build(tiny_config(training__num_steps=9, training__profile_steps=2)), tmp_path)
+  assert list((tmp_path / "profile").rglob("*.xplane.pb"))
+
+
+def test_averages_put_together_afterwards_are_those_of_the_training(tmp_path):
+  """The average of relative width 0.15 kept while training, and from snapshots of 0.1 and 0.25."""
+  options = {"ema__sigma_rel": (0.1, 0.25, 0.15), "ema__snapshot_every": 4}
+  config = tiny_config(**options, training__num_steps=40, training__log_every=40)
+  config.training.update(checkpoint_every=40, sample_every=40)
+  state = train(build(config), tmp_path)
+  with Checkpoints(tmp_path / "ema_snapshots", read_only=True) as snapshots:
+    assert snapshots.steps() == list(range(4, 41, 4))
+    stored = [(s, w, i) for s in snapshots.steps() for i, w in ((1, 0.1), (2, 0.25))]
+    weights = ema.post_hoc_weights(*zip(*[x[:2] for x in stored]), 40, 0.15)
+    trees = [snapshots.restore_item(s, f"ema{i}", state.params) for s, _, i in stored]
+  together = jax.tree.map(lambda *x: sum(w * v for w, v in zip(weights, x)), *trees)
+  change = lambda tree: np.concatenate([np.ravel(x) for x in jax.tree.leaves(tree)])
+  error = np.abs(change(together) - change(state.ema_params[3])).max()
+  assert error < 0.02 * np.abs(change(state.params) - change(state.ema_params[3])).max()

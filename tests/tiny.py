@@ -15,6 +15,7 @@ TINY = {
   "training.batch_size": 8,
   "training.log_every": 2,
   "training.sample_every": 3,
+  "training.evaluate_every": 3,
   "training.checkpoint_every": 3,
   "sampling.num_steps": 4,
   "sampling.num_samples": 12,
@@ -22,6 +23,7 @@ TINY = {
   "likelihood.batch_size": 160,
   "likelihood.rtol": 1e-2,
   "likelihood.atol": 1e-2,
+  "evaluation.batch_size": 160,
   "evaluation.num_levels": 3,
   "evaluation.num_draws": 1,
 }

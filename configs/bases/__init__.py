@@ -14,7 +14,7 @@ SAMPLING = {
   "options": {
     "euler_maruyama": {},
     "reverse_diffusion": {},
-    "ancestral": {"variance": "posterior", "temperature": 1.0},
+    "ancestral": {"variance": "posterior", "clip": False, "temperature": 1.0},
     "ddim": {"eta": 0.0},
     "edm": {"gamma": 0.0},
     "dpm_solver": {"order": 2, "eta": 0.0},
@@ -41,32 +41,89 @@ SAMPLING = {
   "seed": 0,
 }
 
+# of objectives, weightings and time samplers, by name
+LOSS_OPTIONS = {
+  "sliced": {"num_probes": 1},
+  "sliced_vr": {"num_probes": 1},
+  "vlb": {"variance": "posterior"},
+  "hybrid": {"vlb_weight": 0.001},
+  "edm": {"sigma_data": 0.5},
+  "min_snr": {"gamma": 5.0},
+  "sigmoid": {"bias": 2.0},
+  "power": {"p": 2.0},
+  "log_normal": {"p_mean": -1.2, "p_std": 1.2},
+}
+
+OPTIMIZER_OPTIONS = {
+  "adam": {"b1": 0.9, "b2": 0.999, "eps": 1e-8},
+  "adamw": {"b1": 0.9, "b2": 0.999, "eps": 1e-8, "weight_decay": 1e-2},
+  "lion": {"b1": 0.9, "b2": 0.99, "weight_decay": 1e-3},
+  "sgd": {"momentum": 0.9},
+}
+
 # without a process and a network; image_size 0: as stored; centered: in [-1, 1], else in [0, 1]
 TREE = {
   "seed": 0,
-  "data": {"name": "digits", "dir": "runs/data", "image_size": 0, "centered": True},
+  "data": {
+    "name": "digits",
+    "dir": "runs/data",
+    "image_size": 0,
+    "crop": 0,
+    "resize": "bilinear",
+    "centered": True,
+    "levels": 0,
+    "held_out": 0.1,
+    "flip": False,
+    "augment": 0.0,
+    "num_workers": 0,
+  },
   "sde": {},
   "parameterization": {"output": "v", "c_noise": "log_snr", "sigma_data": 0.5},
   "model": {"name": "ddpm", "args": {}},
-  "loss": {"weighting": "elbo", "time_sampler": "importance"},
+  "loss": {
+    "objective": "denoising",
+    "weighting": "elbo",
+    "time_sampler": "importance",
+    "stratified": True,
+    "label_dropout": 0.0,
+    "options": LOSS_OPTIONS,
+  },
   "optimizer": {
+    "name": "adam",
     "learning_rate": 2e-3,
     "warmup_steps": 100,
     "schedule": "cosine",
-    "beta1": 0.9,
-    "beta2": 0.999,
-    "eps": 1e-8,
     "grad_clip": 10.0,
+    "options": OPTIMIZER_OPTIONS,
+    "schedule_options": {"cosine": {"alpha": 0.0}, "exponential_decay": {"decay_rate": 0.1}},
   },
-  "ema": {"half_life_images": 10_000.0, "ramp_up": 0.05},
+  # averages: one for each half-life, one for each relative width of a power function
+  "ema": {
+    "half_life_images": (10_000.0,),
+    "ramp_up": 0.05,
+    "sigma_rel": (),
+    "snapshot_every": 0,
+    "use": 0,
+    "post_hoc": 0.0,
+  },
   "training": {
     "num_steps": 2500,
     "batch_size": 64,
+    "batch_per_device": 0,
+    "memory_gib": 0.0,
+    "steps_per_call": 1,
+    "fsdp": 1,
     "dequantize": True,
+    "max_skipped": 20,
     "log_every": 25,
     "sample_every": 500,
+    "evaluate_every": 500,
+    "frechet_samples": 0,
     "checkpoint_every": 500,
     "keep_checkpoints": 2,
+    "profile_steps": 0,
+    "peak_tflops": 0.0,
+    "wandb": "",
   },
   "sampling": SAMPLING,
   "likelihood": {
@@ -80,17 +137,26 @@ TREE = {
     "batch_size": 100,
     "seed": 0,
   },
-  "evaluation": {"split": "test", "num_levels": 20, "num_draws": 2, "seed": 0},
+  "evaluation": {
+    "split": "test",
+    "num_examples": 0,
+    "batch_size": 100,
+    "num_levels": 20,
+    "num_draws": 2,
+    "seed": 0,
+  },
   "import_": {"path": "", "weights": "ema"},
 }
 
 PUBLISHED = {
-  "loss": {"weighting": "simple", "time_sampler": "uniform"},
+  "loss": {"weighting": "simple", "time_sampler": "uniform", "stratified": False},
   "optimizer": {"schedule": "constant", "warmup_steps": 5000, "grad_clip": 1.0},
+  "ema": {"ramp_up": 0.0},
   "training": {
     "dequantize": False,
     "log_every": 50,
     "sample_every": 50_000,
+    "evaluate_every": 50_000,
     "checkpoint_every": 10_000,
   },
   "sampling": {
@@ -100,6 +166,9 @@ PUBLISHED = {
   },
   "likelihood": {"batch_size": 64},
 }
+
+FLIPPED = {"data": {"flip": True}}
+AT_LEVELS = {"loss": {"time_sampler": "levels"}}  # a discrete-time model
 
 # an optimizer without warm-up and clipping
 PLAIN = {"optimizer": {"warmup_steps": 0, "grad_clip": math.inf}}
@@ -127,7 +196,7 @@ def ema_half_life(rate: float, batch_size: int) -> float:
 
 def batch(batch_size: int, ema_rate: float) -> dict:
   """The part that sets the batch, and the EMA whose factor is per step."""
-  half_life = ema_half_life(ema_rate, batch_size)
+  half_life = (ema_half_life(ema_rate, batch_size),)
   return {"training": {"batch_size": batch_size}, "ema": {"half_life_images": half_life}}
 
 
@@ -163,9 +232,8 @@ def noise_scales(sigma_max: float, num_scales: int) -> dict:
   by level.
   """
   scales = {"sigma_max": sigma_max, "sigma_min": 0.01, "num_scales": num_scales}
-  return process("ncsn", **scales) | {
-    "sampling": {"spacing": "trained", "num_steps": num_scales - 1}
-  }
+  sampling = {"spacing": "trained", "num_steps": num_scales - 1}
+  return process("ncsn", **scales) | AT_LEVELS | {"sampling": sampling}
 
 
 def annealed(sigma_max: float, num_scales: int, step_lr: float, num_steps: int) -> dict:
@@ -181,4 +249,4 @@ def annealed(sigma_max: float, num_scales: int, step_lr: float, num_steps: int) 
 LEVELS = {
   "sampling": {"sampler": "ancestral", "spacing": "trained", "num_steps": 999, "denoise": "tweedie"}
 }
-CHAIN = process("ddpm", beta_min=1e-4, beta_max=0.02, num_steps=1000) | LEVELS
+CHAIN = process("ddpm", beta_min=1e-4, beta_max=0.02, num_steps=1000) | LEVELS | AT_LEVELS

@@ -1,16 +1,17 @@
-"""DDPM: Ho et al. 2020, and its code, hojonathanho/diffusion.
-
-Published settings without a field here: random horizontal flips; the predicted data clipped to
-[-1, 1] while sampling; training at the 1000 levels only (here between them too); an EMA without
-ramp-up.
-"""
+"""DDPM: Ho et al. 2020, and its code, hojonathanho/diffusion."""
 
 from ml_collections import ConfigDict
 
 from configs import bases
 from configs.bases import datasets
 
-CHAIN = bases.CHAIN | bases.told("noise", "index")
+CLIPPED = {"options": {"ancestral": {"clip": True}}}
+CHAIN = (
+  bases.CHAIN
+  | bases.told("noise", "index")
+  | bases.FLIPPED
+  | {"sampling": bases.CHAIN["sampling"] | CLIPPED}
+)
 UNET = {"nf": 128, "num_res_blocks": 2, "attn_resolutions": (16,)}
 
 

@@ -1,10 +1,6 @@
 """EDM: Karras et al. 2022, and its code, NVlabs/edm (configuration F).
 
-Published settings without a field here: the loss (ln sigma normal with mean -1.2 and std 1.2, the
-error of the noise weighted by (sigma^2 + sigma_data^2) / sigma_data^2; here ln sigma is uniform and
-the weight constant); the augmentation of probability 0.12 (FFHQ and AFHQv2 0.15, ImageNet none) and
-the network's input that tells it; labels while training; float16 with loss scaling for ImageNet
-(here bfloat16).
+Published setting without a field here: float16 with loss scaling for ImageNet (here bfloat16).
 """
 
 import math
@@ -17,8 +13,9 @@ from configs.bases import datasets
 EDM = {
   **bases.process("edm", sigma_min=0.002, sigma_max=80.0),
   "parameterization": {"output": "edm", "c_noise": "log_sigma4", "sigma_data": 0.5},
-  "loss": {"weighting": "elbo", "time_sampler": "importance"},
+  "loss": {"weighting": "edm", "time_sampler": "log_normal"},
   "optimizer": {"grad_clip": math.inf},
+  "ema": {"ramp_up": 0.05},
   "sampling": {"sampler": "edm", "spacing": "karras", "denoise": "tweedie"},
 }
 SONG = {"nf": 128, "num_res_blocks": 4, "attn_resolutions": (16,)}
@@ -38,8 +35,13 @@ def trained(learning_rate: float, batch_size: int, million_images: int, half_lif
   return {
     "optimizer": {"learning_rate": learning_rate, "warmup_steps": 10_000_000 // batch_size},
     "training": {"batch_size": batch_size, "num_steps": million_images * 1_000_000 // batch_size},
-    "ema": {"half_life_images": half_life * 1e6},
+    "ema": {"half_life_images": (half_life * 1e6,)},
   }
+
+
+def augmented(probability: float) -> dict:
+  """The part that augments the images and tells the network how."""
+  return {"data": {"augment": probability}} | bases.changed(augment_dim=9)
 
 
 def levels(count: int) -> dict:
@@ -49,14 +51,14 @@ def levels(count: int) -> dict:
 
 def cifar10(network: dict, *changes: dict) -> ConfigDict:
   """CIFAR-10."""
-  parts = trained(1e-3, 512, 200, 0.5), levels(18)
+  parts = trained(1e-3, 512, 200, 0.5), levels(18), augmented(0.12)
   narrow = bases.changed(ch_mult=(2, 2, 2), dropout=0.13)
   return bases.published(EDM, datasets.CIFAR10, *parts, network, narrow, *changes)
 
 
 def at_64(data: dict, network: dict, dropout: float) -> ConfigDict:
   """FFHQ and AFHQv2 at 64 px."""
-  parts = trained(2e-4, 256, 200, 0.5), levels(40)
+  parts = trained(2e-4, 256, 200, 0.5), levels(40), augmented(0.15)
   wide = bases.changed(ch_mult=(1, 2, 2, 2), dropout=dropout)
   return bases.published(EDM, data, *parts, network, wide)
 

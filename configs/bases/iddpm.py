@@ -1,10 +1,9 @@
 """Improved DDPM: Nichol & Dhariwal 2021, and its code, openai/improved-diffusion.
 
-Published settings without a field here: the loss of the learned variance, which makes L_simple
-L_hybrid (the variance is not trained yet); the time sampler "loss-second-moment" of L_vlb (here
-uniform in log-SNR); labels while training; the predicted data clipped to [-1, 1] while sampling;
-training at the levels only (here between them too); an EMA without ramp-up.
+L_vlb is counted in nats here, in bits there: its weight in L_hybrid, 0.001, is divided by ln 2.
 """
+
+import math
 
 from ml_collections import ConfigDict
 
@@ -14,8 +13,12 @@ from configs.bases import datasets
 # the code tells 1000 i / 4000, i from 0, where it rescales times, and i where it does not
 RESCALED, UNSCALED = bases.told("noise", "t999"), bases.told("noise", "index")
 COSINE = bases.process("iddpm", num_steps=4000) | {"sampling": {"num_steps": 3999}}
-LEARNED = {"sampling": {"options": {"ancestral": {"variance": "learned"}}}}
-VLB = {"loss": {"weighting": "elbo", "time_sampler": "importance"}}
+LEARNED = {"sampling": {"options": {"ancestral": {"variance": "learned", "clip": True}}}}
+HYBRID = {
+  "loss": {"objective": "hybrid", "options": {"hybrid": {"vlb_weight": 0.001 / math.log(2)}}}
+}
+SAMPLED = {"time_sampler": "loss_second_moment", "options": {"vlb": {"variance": "learned"}}}
+VLB = {"loss": {"objective": "vlb"} | SAMPLED}
 
 UNET = {"nf": 128, "num_res_blocks": 3, "attn_resolutions": (16, 8), "learned_variance": True}
 CIFAR10 = bases.changed(ch_mult=(1, 2, 2, 2), dropout=0.3)
@@ -52,5 +55,5 @@ def bedroom(learning_rate: float, batch_size: int, num_steps: int) -> ConfigDict
 
 
 def _config(*parts: dict) -> ConfigDict:
-  shared = bases.PLAIN, bases.LEVELS, LEARNED, bases.network("adm", **UNET)
-  return bases.published(*shared, *parts)
+  shared = bases.PLAIN, bases.LEVELS, bases.AT_LEVELS, HYBRID, LEARNED
+  return bases.published(*shared, bases.network("adm", **UNET), *parts)

@@ -1,7 +1,6 @@
 """NCSN and NCSNv2: Song & Ermon 2019 and 2020, and their codes, ermongroup/ncsn and ncsnv2.
 
-Published settings without a field here: random horizontal flips (not for MNIST); training at the
-levels only (here between them too); the choice among checkpoints by a quick FID.
+Published setting without a field here: the choice among checkpoints by a quick FID.
 """
 
 from ml_collections import ConfigDict
@@ -14,7 +13,7 @@ STARTED = {"sampling": {"init": "unit_uniform"}}
 NOISY = {"training": {"dequantize": True}, "sampling": {"denoise": "none"}}
 LEVELS_2019 = bases.annealed(1.0, 10, 2e-5, 100)
 NCSN = bases.network("ncsn", nf=128, num_scales=10) | bases.told("score", "index_from_noise")
-MNIST = bases.changed(nf=64)
+MNIST = bases.changed(nf=64) | {"data": {"flip": False}}
 
 CLEAN = {"sampling": {"denoise": "tweedie"}}
 CIFAR10 = bases.annealed(50.0, 232, 6.2e-6, 5)
@@ -25,7 +24,8 @@ FFHQ = bases.annealed(348.0, 2311, 0.9e-6, 3)
 NCSNV2 = bases.network("ncsnv2", nf=128) | bases.told("scaled_score", "index_from_noise")
 DEEPER = bases.changed(resolution_class=128)
 DEEPEST = bases.changed(resolution_class=256)
-AT_256 = {"optimizer": {"eps": 1e-3}} | bases.batch(32, ema_rate=0.999)
+EPS = {"optimizer": {"options": {"adam": {"eps": 1e-3}}}}
+AT_256 = EPS | bases.batch(32, ema_rate=0.999)
 
 
 def ncsn(data: dict, *changes: dict) -> ConfigDict:
@@ -47,4 +47,5 @@ def original(data: dict, num_steps: int) -> ConfigDict:
 
 
 def _config(*parts: dict) -> ConfigDict:
-  return bases.published(bases.PLAIN, STARTED, datasets.UNCENTERED, *parts)
+  shared = bases.PLAIN, bases.FLIPPED, STARTED, datasets.UNCENTERED
+  return bases.published(*shared, *parts)

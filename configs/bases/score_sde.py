@@ -1,9 +1,8 @@
 """The SDE framework: Song et al. 2021, and its code, yang-song/score_sde.
 
-Published settings without a field here: random horizontal flips; losses summed over the values of
-an image (reduce_mean=False; here always their mean, which also changes what clipping at norm 1
-does); VP and sub-VP sampled down to t = 1e-3 but trained from 1e-5 (one t_min here); discrete-time
-models trained at their levels only (here between them too); an EMA without ramp-up.
+Published settings without a field here: losses summed over the values of an image
+(reduce_mean=False; here always their mean, which also changes what clipping at norm 1 does); VP and
+sub-VP sampled down to t = 1e-3 but trained from 1e-5 (one t_min here).
 """
 
 from ml_collections import ConfigDict
@@ -144,4 +143,4 @@ def _refinenet(data: dict, levels: dict, trained: dict, network: dict, output: s
 
 
 def _config(*parts: dict) -> ConfigDict:
-  return bases.published({"seed": 42}, *parts)
+  return bases.published({"seed": 42}, bases.FLIPPED, *parts)

@@ -12,4 +12,4 @@ from configs.bases import datasets, edm
 
 def get_config() -> ConfigDict:
   """The settings of the run."""
-  return edm.at_64(datasets.ffhq(64), edm.NCSNPP, dropout=0.05)
+  return edm.at_64(datasets.ffhq(64, "lanczos"), edm.NCSNPP, dropout=0.05)

@@ -24,6 +24,8 @@ class UNet(nn.Module):
     conditional: whether the network is told about time.
     num_classes: 0 for an unconditional network; labels are 0 .. num_classes - 1, None means no
       class.
+    augment_dim: number of conditions that tell how the images were augmented, 9 for
+      `augment.augment`; 0: the network takes none.
     centered: the data are in [-1, 1]; False: in [0, 1], mapped to [-1, 1] here.
     learned_variance: 2 c output channels, the second half about the variance (Nichol & Dhariwal
       2021).
@@ -42,6 +44,7 @@ class UNet(nn.Module):
   resamp_with_conv: bool = True
   conditional: bool = True
   num_classes: int = 0
+  augment_dim: int = 0
   centered: bool = True
   learned_variance: bool = False
   group_size: int = 4
@@ -55,12 +58,13 @@ class UNet(nn.Module):
     c_noise: Float[Array, " b"],
     labels: Int[Array, " b"] | None = None,
     train: bool = False,
+    augmentation: Float[Array, "b n"] | None = None,
   ) -> Float[Array, "b *hw f"]:
     """Maps x [b, *hw, c] and the noise condition c_noise [b] to an output of the shape of x, or of
     2 c channels for `learned_variance`.
     """
     unet.check_size(x.shape[1:-1], 2 ** (len(self.ch_mult) - 1))
-    embedding = self._embedding(c_noise, labels)
+    embedding = self._embedding(c_noise, labels, augmentation)
     h, rank = (x if self.centered else 2 * x - 1).astype(self.dtype), x.ndim - 2
     h = unet.conv(self.nf, rank=rank, dtype=self.dtype)(h)
     skips = [h]
@@ -85,11 +89,13 @@ class UNet(nn.Module):
     h = unet.conv(features, rank=rank, scale=0.0, dtype=self.dtype)(nn.swish(h))
     return h.astype(jnp.float32)
 
-  def _embedding(self, c_noise, labels):
+  def _embedding(self, c_noise, labels, augmentation):
     """[b, 4 nf], None for a network blind to time."""
     if not self.conditional:
+      unet.check_augmentation(0, augmentation)
       return None
     features = unet.sinusoidal_embedding(c_noise, self.nf)
+    features = unet.augmented(features, self.augment_dim, augmentation, dtype=self.dtype)
     return unet.noise_embedding(features, 4 * self.nf, self.num_classes, labels, self.dtype)
 
   def _block(self, h, features, embedding, train, attention: bool | None = None):

@@ -97,6 +97,37 @@ def noise_embedding(
   return embedding
 
 
+def augmented(
+  features: Float[Array, "b f"],
+  augment_dim: int,
+  augmentation: Float[Array, "b n"] | None,
+  *,
+  init: nn.initializers.Initializer | None = None,
+  dtype: str | None = None,
+) -> Float[Array, "b f"]:
+  """The features of time plus a linear map of the conditions that tell how the images were
+  augmented (Karras et al. 2022, appendix F.2), for use inside a compact method. None is zero: not
+  at all; there is no bias, so that it adds nothing.
+  """
+  check_augmentation(augment_dim, augmentation)
+  if not augment_dim:
+    return features
+  if augmentation is None:
+    augmentation = jnp.zeros((len(features), augment_dim))
+  options = {"kernel_init": init or variance_scaling(), "dtype": dtype, "name": "augmentation"}
+  return features + nn.Dense(features.shape[-1], use_bias=False, **options)(augmentation)
+
+
+def check_augmentation(augment_dim: int, augmentation: Float[Array, "b n"] | None) -> None:
+  """Raises a ValueError unless conditions, where given, are as many as the network takes."""
+  if augmentation is not None and augmentation.shape[-1] != augment_dim:
+    given = augmentation.shape[-1]
+    raise ValueError(
+      f"the network was given {given} conditions of the augmentation and takes {augment_dim}: set "
+      f"model.args.augment_dim={given} (and model.args.conditional=True)"
+    )
+
+
 def call_block(block: nn.Module, h, embedding, train: bool, *, remat: bool = False):
   """block(h, embedding, train); with `remat` its activations are computed again in the backward
   pass instead of stored. Names of parameters are the same either way.

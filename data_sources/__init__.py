@@ -1,0 +1,1 @@
+"""Where examples come from: one file per source, each with `declared` and `read`."""

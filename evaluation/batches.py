@@ -1,0 +1,54 @@
+"""Any number of examples in batches of one size, each with a key that its index alone decides."""
+
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import PyTree
+from tqdm import tqdm
+
+import data
+import devices
+from errors import RunError
+from experiment import Experiment
+
+
+def parts(total: int, size: int, unit: str) -> Iterator[tuple[np.ndarray, int]]:
+  """(indices [size], how many of them count) over 0 .. total - 1; the last part repeats its last
+  index.
+  """
+  with tqdm(total=total, desc=unit, unit="image", disable=None) as bar:
+    for first in range(0, total, size):
+      valid = min(size, total - first)
+      yield np.minimum(first + np.arange(size), total - 1), valid
+      bar.update(valid)
+
+
+def keys_of(key: jax.Array, index: np.ndarray) -> jax.Array:
+  """The keys of the examples with these global indices, as `example_keys` makes them."""
+  return jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.asarray(index))
+
+
+def labels_of(split: data.Batch, index: np.ndarray) -> np.ndarray:
+  """The labels of these examples, 0 where the data have none."""
+  return split["label"][index] if "label" in split else np.zeros(len(index), np.int32)
+
+
+def draw_samples(
+  experiment: Experiment, params: PyTree, key, num_samples: int
+) -> tuple[np.ndarray, np.ndarray]:
+  """(x [num_samples, *d] in model units, network evaluations of each); sample i depends on (key, i)
+  alone.
+  """
+  size, xs, nfes = experiment.config.sampling.batch_size, [], []
+  for index, valid in parts(num_samples, size, "sampling"):
+    x, nfe = devices.to_host(experiment.sampler(params, keys_of(key, index)))
+    xs.append(x[:valid])
+    nfes.append(nfe[:valid])
+  x = np.concatenate(xs)
+  if not np.isfinite(x).all():
+    raise RunError(
+      "the sampler left the finite numbers or hit max_steps; use more steps or a smaller tolerance"
+    )
+  return x, np.concatenate(nfes)

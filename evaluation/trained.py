@@ -1,0 +1,144 @@
+"""The trained network of a workdir: restored, or trained first."""
+
+import contextlib
+import dataclasses
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import PyTree
+from ml_collections import ConfigDict
+
+import data
+import devices
+import ema
+import run_control
+import run_log
+import settings
+import training
+from checkpoint import Checkpoints, average
+from errors import check
+from evaluation import figures, network
+from evaluation.batches import draw_samples
+from evaluation.denoising import HeldOut
+from evaluation.fid import sample_frechet_distance
+from experiment import Experiment, build
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+  """A trained model at one step and the folder that its results go to."""
+
+  experiment: Experiment
+  params: PyTree
+  step: int
+  workdir: Path
+
+  def key(self, section: str) -> jax.Array:
+    """The key of a mode, from its own seed."""
+    return jax.random.key(self.experiment.config[section].seed)
+
+
+def start(config: ConfigDict, workdir: Path, *, train: bool) -> Job:
+  """Builds and checks everything, then trains, or restores the newest averaged parameters of the
+  workdir.
+  """
+  saved = _read_spec(workdir)
+  experiment = build(config, None if train else saved)
+  with Checkpoints(workdir / "checkpoints", read_only=True) as checkpoints:
+    step = checkpoints.latest()
+    if not train:
+      mend = f"train first: python main.py --mode=train --workdir={workdir}"
+      check(step is not None, "--workdir", str(workdir), "a folder with a checkpoint", mend)
+      params = _restore(experiment, checkpoints, step, workdir)
+      return Job(experiment, params, step, workdir)
+  total, spec = config.training.num_steps, experiment.spec
+  legal, mend = f"{step} or more: so far {workdir} was trained", "choose another --workdir"
+  check((step or 0) <= total, "training.num_steps", total, legal, mend)
+  legal, mend = f"the data of {saved}, which {workdir} was trained on", "choose another --workdir"
+  check(saved in (None, spec), "data.name", f"{config.data.name}: {spec}", legal, mend)
+  experiment.dataset  # noqa: B018  data that cannot be read leave no folder behind
+  settings.save(config, workdir)
+  with run_control.only_run(workdir) if devices.is_first() else contextlib.nullcontext():
+    settings.write_text(workdir / "data.json", json.dumps(spec._asdict()) + "\n")
+    return _train(experiment, workdir)
+
+
+def _read_spec(workdir: Path) -> data.Spec | None:
+  """What the data were that the workdir was trained on, None where nothing was."""
+  path = workdir / "data.json"
+  if not path.is_file():
+    return None
+  values = json.loads(path.read_text()).items()
+  return data.Spec(**{name: tuple(v) if isinstance(v, list) else v for name, v in values})
+
+
+def _train(experiment: Experiment, workdir: Path) -> Job:
+  """Trains to the end, looking at samples and held-out loss from time to time."""
+  config = experiment.config
+  used, settings_ = config.ema.use, config.training
+  held_out = HeldOut(experiment)
+  callbacks = {
+    "sample_every": lambda step, averages: _preview(experiment, averages[used], workdir, step),
+    "evaluate_every": lambda step, averages: held_out.scalars(averages[used]),
+  }
+  # a training step is three forward passes
+  known = run_log.peak_flops(settings_.peak_tflops)
+  flops = 3 * network.flops(experiment.model, experiment.spec.shape) if known else 0.0
+  parts = experiment.sde, experiment.model, experiment.dataset, experiment.mesh
+  state = training.train(config, *parts, workdir, callbacks, flops)
+  params = state.ema_params[used]
+  if config.ema.post_hoc:
+    params = _post_hoc(experiment, settings_.num_steps, workdir)
+  return Job(experiment, params, settings_.num_steps, workdir)
+
+
+def _restore(experiment: Experiment, checkpoints: Checkpoints, step: int, workdir: Path) -> PyTree:
+  """The average of the parameters that `config.ema` chooses."""
+  settings_ = experiment.config.ema
+  if settings_.post_hoc:
+    return _post_hoc(experiment, step, workdir)
+  print(f"restored the EMA weights of step {step}", flush=True)
+  return checkpoints.restore_item(step, average(settings_.use), experiment.abstract_ema())
+
+
+def _post_hoc(experiment: Experiment, step: int, workdir: Path) -> PyTree:
+  """The average of relative width `ema.post_hoc` at `step` from the snapshots of the run."""
+  settings_, total = experiment.config.ema, None
+  first = len(settings_.half_life_images)
+  with Checkpoints(workdir / "ema_snapshots", read_only=True) as snapshots:
+    steps = [s for s in snapshots.steps() if s <= step]
+    mend = "train with ema.sigma_rel=(0.05, 0.1) and ema.snapshot_every"
+    legal = f"0 for {workdir}, which holds no snapshots of the averages"
+    check(bool(steps), "ema.post_hoc", settings_.post_hoc, legal, mend)
+    stored = [(s, i) for s in steps for i in range(len(settings_.sigma_rel))]
+    widths = [settings_.sigma_rel[i] for _, i in stored]
+    times = [s for s, _ in stored]
+    weights = ema.post_hoc_weights(times, widths, step, settings_.post_hoc)
+    for (s, i), weight in zip(stored, weights):
+      tree = snapshots.restore_item(s, average(first + i), experiment.abstract_ema())
+      part = jax.tree.map(lambda x, w=weight: w * x, tree)
+      total = part if total is None else jax.tree.map(jnp.add, total, part)
+  print(f"put together the EMA weights of relative width {settings_.post_hoc} of step {step}")
+  return total
+
+
+def _preview(experiment: Experiment, params: PyTree, workdir: Path, step: int) -> dict[str, float]:
+  """A picture of one batch of samples, always from the same keys; the Fréchet distance of more of
+  them to the held-out data where it is asked for.
+  """
+  config = experiment.config
+  key, count = jax.random.key(config.sampling.seed), config.training.frechet_samples
+  wanted = max(count, config.sampling.batch_size)
+  x, _ = draw_samples(experiment, params, key, wanted)
+  if devices.is_first():
+    path = workdir / "samples" / f"step_{step:06d}.png"
+    figures.save_samples(path, x[: config.sampling.batch_size], experiment.transform)
+  if not count:
+    return {}
+  held_out = experiment.dataset.splits[config.evaluation.split]["image"][:count]
+  flat = lambda x: np.asarray(x, np.float64).reshape(len(x), -1)
+  y = experiment.transform.forward(jnp.asarray(held_out))
+  return {"frechet_distance_pixels": sample_frechet_distance(flat(x[:count]), flat(y))}

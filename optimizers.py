@@ -1,0 +1,105 @@
+"""Optimizers and learning rates: any of optax by its name, warmed up, clipped, and guarded against
+gradients that are not finite.
+"""
+
+import inspect
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, PyTree
+from ml_collections import ConfigDict
+
+import losses
+from errors import check, lookup
+from sde_lib import SDE
+
+# what the schedules of optax call the learning rate, and the steps that it takes to decay
+RATES = ("value", "init_value", "peak_value")
+DURATIONS = ("decay_steps", "transition_steps")
+
+
+def _named(module, wanted: Callable[[inspect.Signature], bool]) -> dict[str, Callable]:
+  """The public functions of a module whose signature is wanted."""
+  functions = {k: f for k, f in vars(module).items() if inspect.isfunction(f) and k[0] != "_"}
+  return {name: f for name, f in functions.items() if wanted(inspect.signature(f))}
+
+
+OPTIMIZERS = _named(optax, lambda s: next(iter(s.parameters), "") == "learning_rate")
+SCHEDULES = _named(
+  optax.schedules, lambda s: "warmup_steps" not in s.parameters and {*RATES} & {*s.parameters}
+)
+SCHEDULES |= {"constant": optax.constant_schedule, "cosine": optax.cosine_decay_schedule}
+
+
+def _arguments(section: str, function: Callable, options: dict, given: dict) -> dict:
+  """`options` over those of `given` that the function takes; every option must be one of its."""
+  parameters = inspect.signature(function).parameters
+  for name, value in options.items():
+    legal = ", ".join(name for name in parameters if name != "learning_rate")
+    check(name in parameters, f"{section}.{name}", value, legal)
+  arguments = {name: v for name, v in given.items() if name in parameters} | {**options}
+  for name, parameter in parameters.items():
+    missing = parameter.default is parameter.empty and name not in arguments
+    mend = f"set {section}.{name} in the configuration file"
+    check(not missing, f"{section}.{name}", None, "a value: it has no default", mend)
+  return arguments
+
+
+def learning_rate(config: ConfigDict) -> optax.Schedule:
+  """Step (from 0) -> learning rate: linear warm-up (step + 1) / warmup_steps times the named
+  schedule, which ends at `training.num_steps`.
+  """
+  settings = config.optimizer
+  schedule = lookup(SCHEDULES, settings.schedule, "optimizer.schedule")
+  given = dict.fromkeys(RATES, settings.learning_rate)
+  given |= dict.fromkeys(DURATIONS, config.training.num_steps)
+  options = settings.schedule_options.get(settings.schedule, {})
+  section = f"optimizer.schedule_options.{settings.schedule}"
+  decay = schedule(**_arguments(section, schedule, options, given))
+  return lambda step: jnp.minimum(1.0, (step + 1) / max(1, settings.warmup_steps)) * decay(step)
+
+
+def is_fixed(path: tuple, _) -> bool:
+  """Whether the parameter at `path` is drawn once and never trained: Fourier frequencies."""
+  return jax.tree_util.keystr(path[-1:], simple=True) == "frequencies"
+
+
+def _keep_fixed(params: PyTree) -> PyTree:
+  return jax.tree_util.tree_map_with_path(is_fixed, params)
+
+
+def record_losses(sde: SDE) -> optax.GradientTransformationExtraArgs:
+  """Leaves the updates as they are and keeps the newest losses of each noise level
+  (`losses.LossHistory`), given as `times` and `losses` [b].
+  """
+
+  def update(updates, state, params=None, *, times: Array, losses_seen: Array, **_):
+    return updates, losses.update_history(state, sde, times, losses_seen)
+
+  return optax.GradientTransformationExtraArgs(lambda _: losses.init_history(sde), update)
+
+
+def loss_history(opt_state: PyTree) -> losses.LossHistory | None:
+  """What `record_losses` keeps in the state of an optimizer, None where it is no part of it."""
+  is_history = lambda node: isinstance(node, losses.LossHistory)
+  return next(filter(is_history, jax.tree.leaves(opt_state, is_leaf=is_history)), None)
+
+
+def make_optimizer(config: ConfigDict, sde: SDE) -> optax.GradientTransformationExtraArgs:
+  """The named optimizer of optax on gradients clipped by their global norm; gradients that are not
+  finite change nothing but the count of them.
+  """
+  settings = config.optimizer
+  function = lookup(OPTIMIZERS, settings.name, "optimizer.name")
+  options = settings.options.get(settings.name, {})
+  given = {"learning_rate": learning_rate(config)}
+  arguments = _arguments(f"optimizer.options.{settings.name}", function, options, given)
+  # fixed parameters have no gradient, but weight decay would change them
+  fixed = optax.masked(optax.set_to_zero(), _keep_fixed)
+  chain = optax.chain(optax.clip_by_global_norm(settings.grad_clip), function(**arguments), fixed)
+  # never accepted: the loop ends after training.max_skipped in a row
+  guarded = optax.apply_if_finite(chain, max_consecutive_errors=jnp.iinfo(jnp.int32).max)
+  aware = [record_losses(sde)] if config.loss.time_sampler == losses.LOSS_AWARE else []
+  return optax.with_extra_args_support(optax.chain(guarded, *aware))
