@@ -3,6 +3,7 @@ arrays come from and go to the host.
 """
 
 import os
+import sys
 from collections.abc import Callable
 
 import jax
@@ -17,19 +18,43 @@ from errors import ConfigError, check
 SMALLEST_SHARDED = 2**12  # values; smaller parameters are kept whole on every device
 
 
-def _several_hosts() -> bool:
-  """Whether a launcher that jax knows started more than one process: Slurm, Open MPI, a TPU pod,
-  Kubernetes with an indexed job.
+# launcher: (variable with the number of processes or a list of them, what else jax reads), as in
+# jax/_src/clusters; without the latter (a batch script without srun) a process is alone
+LAUNCHERS = {
+  "Slurm": (
+    "SLURM_NTASKS",
+    ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_PROCID", "SLURM_LOCALID"),
+  ),
+  "Open MPI": ("OMPI_COMM_WORLD_SIZE", ()),
+  "TPU on Kubernetes": ("TPU_PROCESS_ADDRESSES", ("TPU_WORKER_ID",)),
+  "TPU on Kubernetes, older": ("TPU_WORKER_HOSTNAMES", ("TPU_WORKER_ID",)),
+  "TPU slices": ("MEGASCALE_NUM_SLICES", ()),
+}
+
+
+def several_hosts() -> bool:
+  """Whether jax is to look for the other processes: one of `LAUNCHERS` started several, this is a
+  TPU virtual machine, which only its metadata server tells the size of, or the user has set
+  JAX_COORDINATOR_ADDRESS (on Kubernetes).
   """
-  counts = (os.environ.get(name, "1") for name in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE"))
-  workers = os.environ.get("TPU_WORKER_HOSTNAMES", "").split(",")
-  indexed = "JOB_COMPLETION_INDEX" in os.environ and "JAX_COORDINATOR_ADDRESS" in os.environ
-  return any(int(n) > 1 for n in counts if n.isdigit()) or len(workers) > 1 or indexed
+  environment = os.environ
+  for name, others in LAUNCHERS.values():
+    told = environment.get(name, "")
+    count = int(told) if told.isdigit() else len(told.split(","))
+    if count > 1 and all(other in environment for other in others):
+      return True
+  # jax sets the first where it finds TPU chips, and the second, or the user does, where there is
+  # nobody to ask
+  virtual_machine = "TPU_ML_PLATFORM" in environment and "TPU_SKIP_MDS_QUERY" not in environment
+  alone = "TPU_WORKER_HOSTNAMES" in environment or "TPU_PROCESS_ADDRESSES" in environment
+  return "JAX_COORDINATOR_ADDRESS" in environment or (virtual_machine and not alone)
 
 
 def start(coordinator: str, num_processes: int, process_id: int) -> None:
   """Joins the processes of one run: those of the flags, else those that a launcher started."""
   if coordinator:
+    legal = "host:port of process 0, the same for every process"
+    check(coordinator.rpartition(":")[2].isdigit(), "--coordinator", coordinator, legal)
     legal = "the number of processes of the run, the same for each of them"
     check(num_processes > 0, "--num_processes", num_processes, legal)
     legal = f"a number from 0 to {num_processes - 1}, another for each process"
@@ -37,21 +62,33 @@ def start(coordinator: str, num_processes: int, process_id: int) -> None:
     arguments = (coordinator, num_processes, process_id)
   else:
     check(num_processes < 2, "--num_processes", num_processes, "1 without --coordinator=host:port")
-    if not _several_hosts():
+    check(process_id == 0, "--process_id", process_id, "0 without --coordinator=host:port")
+    if not several_hosts():
       return
     arguments = ()
   try:
     jax.distributed.initialize(*arguments)
   except (RuntimeError, ValueError) as error:
-    raise ConfigError(f"the processes of the run could not be joined: {error}") from error
-  if jax.process_index():
-    # one host tells the user what happens
+    raise ConfigError(
+      f"the processes of the run could not be joined: {error}\n"
+      "  mend:  --coordinator=host:port --num_processes=n --process_id=i for each process"
+    ) from error
+  if not is_first():
+    # one host tells the user what happens; errors go to stderr, from every host
+    sys.stdout.flush()
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+  counts = f"{jax.device_count()} devices of {jax.process_count()} processes"
+  print(f"devices: {counts}, {jax.local_device_count()} of them here", flush=True)
 
 
 def is_first() -> bool:
   """Whether this is the host that writes files and talks."""
   return jax.process_index() == 0
+
+
+def no_bar() -> bool | None:
+  """`disable` of a tqdm bar: None, a bar on terminals alone, and none of the other hosts."""
+  return None if is_first() else True
 
 
 def make_mesh(fsdp: int = 1, devices: list | None = None) -> Mesh:

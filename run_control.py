@@ -20,12 +20,12 @@ from errors import ConfigError, invalid
 
 @contextlib.contextmanager
 def only_run(workdir: Path) -> Iterator[None]:
-  """Holds the lock of the workdir; the lock of a killed process is gone with it."""
-  path = workdir / "lock"
+  """Makes the workdir and holds its lock; the lock of a killed process is gone with it."""
   try:
-    file = open(path, "a+")
+    workdir.mkdir(parents=True, exist_ok=True)
+    file = open(workdir / "lock", "a+")
   except OSError as error:
-    reason = f"a folder that can be written ({error.strerror})"
+    reason = f"a folder that can be created and written ({error.strerror})"
     raise invalid("--workdir", str(workdir), reason, "choose another --workdir") from error
   with file:
     try:
@@ -44,26 +44,26 @@ def only_run(workdir: Path) -> Iterator[None]:
 
 class Stop:
   """Whether the run was asked to end: SIGTERM, or on several hosts jax's preemption notice, which
-  all of them see at the same step.
+  a SIGTERM to any of them gives and all of them see after the same call of the train step.
   """
 
   def __init__(self):
-    self._asked = False
+    self._asked, self._calls, self._several = False, 0, jax.process_count() > 1
 
   def __enter__(self):
     note = lambda *_: setattr(self, "_asked", True)
-    if jax.process_count() == 1:
+    if not self._several:
       self._before = signal.signal(signal.SIGTERM, note)
     return self
 
   def __exit__(self, *_):
-    if jax.process_count() == 1:
-      signal.signal(signal.SIGTERM, self._before)
+    # jax's own handler, which Python does not see, would swallow the signal for ever
+    signal.signal(signal.SIGTERM, signal.SIG_DFL if self._several else self._before)
 
-  def asked(self, step: int) -> bool:
-    """At the end of `step`; it asks no device."""
-    several = jax.process_count() > 1
-    return multihost_utils.reached_preemption_sync_point(step) if several else self._asked
+  def asked(self) -> bool:
+    """To be asked once after every call of the train step; it waits for no device."""
+    self._calls += 1  # jax agrees on the number after the largest seen: steps may leave numbers out
+    return multihost_utils.reached_preemption_sync_point(self._calls) if self._several else self._asked
 
 
 class Profiler:

@@ -15,6 +15,7 @@ from jaxtyping import PyTree
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
+import devices
 import settings
 from errors import check
 
@@ -109,7 +110,7 @@ class Progress:
     self._total, self._batch_size, self._from = training.num_steps, training.batch_size, start
     peak = peak_flops(training.peak_tflops) * num_devices
     self._utilisation = flops_per_image / peak if peak else 0.0
-    self._bar = tqdm(total=self._total, initial=start, desc="training", unit="step", disable=None)
+    self._bar = tqdm(total=self._total, initial=start, desc="training", unit="step", disable=devices.no_bar())
     self._mark, self._began, self._waited = start, time.perf_counter(), 0.0
 
   def first_step(self, step: int, metrics: PyTree) -> None:

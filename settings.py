@@ -144,9 +144,10 @@ def read(workdir: Path) -> ConfigDict | None:
     return None
   try:
     return bases.config(_tuples(json.loads(path.read_text()))).unlock()
-  except ValueError as error:
+  except (ValueError, TypeError) as error:
     raise ConfigError(
-      f"{path} is not readable JSON ({error}); restore it or choose another --workdir"
+      f"{path} is not a configuration of this version ({error}); restore it or choose another "
+      "--workdir"
     ) from error
 
 

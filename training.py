@@ -435,7 +435,7 @@ def train(
         progress.first_step(step, metrics)
       profiler.step(step, metrics)
       due = functools.partial(_due, step, size, settings.num_steps)
-      asked = stop.asked(step)
+      asked = stop.asked()
       save = due(settings.checkpoint_every) or asked
       if save or due(settings.log_every):
         scalars = _scalars(pending, settings.max_skipped, step)

@@ -1,6 +1,6 @@
 """Points of a plane with a small network, to see every mode within two minutes.
 
-Command:   python main.py --config=configs/toy.py --workdir=runs/toy    (or configs/toy.py:moons)
+Command:   python main.py --config=configs/toy.py --workdir=runs/toy    (or configs/toy.py:checkerboard)
 Hardware:  2 CPU cores, 2 minutes
 """
 
@@ -9,13 +9,14 @@ from ml_collections import ConfigDict
 from configs import bases
 
 VP = bases.process("vp", beta_min=0.1, beta_max=20.0, t_min=1e-4)
-MLP = bases.network("mlp", hidden=(128, 128, 128))
+MLP = bases.network("mlp", hidden=(256, 256, 256))
+OUTPUT = {"parameterization": {"output": "edm", "sigma_data": 2.5}}
 OFTEN = {"log_every": 500, "sample_every": 2000, "evaluate_every": 2000, "checkpoint_every": 2000}
-TRAINED = {"training": {"num_steps": 4000, "batch_size": 256, **OFTEN}}
+TRAINED = {"training": {"num_steps": 6000, "batch_size": 256, **OFTEN}}
 MANY = {"sampling": {"num_samples": 2000, "batch_size": 2000, "num_steps": 100}}
 FEW = {"evaluation": {"num_examples": 2000, "batch_size": 1000}, "likelihood": {"batch_size": 1000}}
 
 
-def get_config(name: str = "checkerboard") -> ConfigDict:
+def get_config(name: str = "gaussians25") -> ConfigDict:
   """The configuration; `name` is a key of `data_sources.toy.TOYS`."""
-  return bases.config({"data": {"name": f"toy:{name}"}}, VP, MLP, TRAINED, MANY, FEW)
+  return bases.config({"data": {"name": f"toy:{name}"}}, VP, MLP, OUTPUT, TRAINED, MANY, FEW)

@@ -18,7 +18,7 @@ def parts(total: int, size: int, unit: str) -> Iterator[tuple[np.ndarray, int]]:
   """(indices [size], how many of them count) over 0 .. total - 1; the last part repeats its last
   index.
   """
-  with tqdm(total=total, desc=unit, unit="image", disable=None) as bar:
+  with tqdm(total=total, desc=unit, unit="image", disable=devices.no_bar()) as bar:
     for first in range(0, total, size):
       valid = min(size, total - first)
       yield np.minimum(first + np.arange(size), total - 1), valid

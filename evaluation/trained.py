@@ -1,6 +1,5 @@
 """The trained network of a workdir: restored, or trained first."""
 
-import contextlib
 import dataclasses
 import json
 from pathlib import Path
@@ -60,8 +59,10 @@ def start(config: ConfigDict, workdir: Path, *, train: bool) -> Job:
   legal, mend = f"the data of {saved}, which {workdir} was trained on", "choose another --workdir"
   check(saved in (None, spec), "data.name", f"{config.data.name}: {spec}", legal, mend)
   experiment.dataset  # noqa: B018  data that cannot be read leave no folder behind
-  settings.save(config, workdir)
-  with run_control.only_run(workdir) if devices.is_first() else contextlib.nullcontext():
+  if not devices.is_first():
+    return _train(experiment, workdir)
+  with run_control.only_run(workdir):
+    settings.save(config, workdir)
     settings.write_text(workdir / "data.json", json.dumps(spec._asdict()) + "\n")
     return _train(experiment, workdir)
 

@@ -96,8 +96,11 @@ def test_curves_lie_where_their_equations_say(chosen):
   around = train["moons"]["image"] - np.stack([label, 0.5 * label], 1)
   assert abs(np.linalg.norm(around, axis=1).mean() - 1.005) < 0.005  # 1 + 0.1^2 / 2
   assert np.median(around[label == 0, 1]) > 0.5 and np.median(around[label == 1, 1]) < -0.5
-  for name, turns, arms in (("swiss_roll", 5.0, 1), ("spiral", np.pi, 2)):
+  # E r^2: of r uniform on [0.3 pi, 0.9 pi], of 3 sqrt(u)
+  curves = ("swiss_roll", 5.0, 1, 0.39 * np.pi**2), ("spiral", np.pi, 2, 4.5)
+  for name, turns, arms, second_moment in curves:
     x = train[name]["image"]
+    np.testing.assert_allclose((x**2).sum(1).mean(), second_moment + 2 * 0.1**2, rtol=0.015)
     radius, angle = np.linalg.norm(x, axis=1), np.arctan2(x[:, 1], x[:, 0])
     off = np.cos(arms * (angle - turns * radius))[radius > 1]
     # the noise turns by turns * 0.1 along the radius and by 0.1 / radius across it
