@@ -2,9 +2,11 @@
 arrays come from and go to the host.
 """
 
+import contextlib
 import os
 import sys
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator
 
 import jax
 import numpy as np
@@ -13,7 +15,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
-from errors import ConfigError, check
+from errors import ConfigError, RunError, Stopped, check
 
 SMALLEST_SHARDED = 2**12  # values; smaller parameters are kept whole on every device
 
@@ -79,6 +81,25 @@ def start(coordinator: str, num_processes: int, process_id: int) -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
   counts = f"{jax.device_count()} devices of {jax.process_count()} processes"
   print(f"devices: {counts}, {jax.local_device_count()} of them here", flush=True)
+
+
+@contextlib.contextmanager
+def ending_together() -> Iterator[None]:
+  """What ends this process ends all of them, with its message: the others may wait for it, and it
+  would wait for them before it leaves.
+  """
+  try:
+    yield
+  except Stopped:
+    raise
+  except BaseException as error:
+    if jax.process_count() == 1:
+      raise
+    known = isinstance(error, ConfigError | RunError)
+    text = f"error: {error}\n" if known else traceback.format_exc()
+    sys.stderr.write(text)
+    sys.stderr.flush()
+    os._exit(1)
 
 
 def is_first() -> bool:

@@ -1,5 +1,12 @@
 """What a user sees when an input is wrong: one message that says how to mend it."""
 
+import contextlib
+import errno
+import sys
+from collections.abc import Iterator
+
+UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
+
 
 class ConfigError(ValueError):
   """A configuration or a workdir that cannot be used; `main` prints it without a traceback and
@@ -37,3 +44,20 @@ def check(condition: bool, field: str, value, legal: str, mend: str = "") -> Non
   """Raises the `ConfigError` of `invalid` unless `condition` holds."""
   if not condition:
     raise invalid(field, value, legal, mend)
+
+
+@contextlib.contextmanager
+def told() -> Iterator[None]:
+  """Turns what a user can mend into one message and exit code 1, without a traceback."""
+  try:
+    yield
+  except (ConfigError, RunError) as error:
+    sys.exit(f"error: {error}")
+  except OSError as error:
+    if error.errno not in UNWRITABLE:
+      raise
+    sys.exit(f"error: {error}\n  mend:  make room or take another folder; what is written stays")
+  except Stopped as stopped:
+    print(f"{stopped}; the same command goes on from there", flush=True)
+  except KeyboardInterrupt:
+    sys.exit("\ninterrupted; the same command goes on from the last checkpoint")

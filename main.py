@@ -13,7 +13,7 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 import settings
-from errors import ConfigError, RunError, Stopped
+from errors import told
 from evaluation import records
 
 logging.set_verbosity(logging.ERROR)
@@ -54,31 +54,24 @@ def work(config: ConfigDict, workdir: Path, mode: str, wanted: list[str]) -> dic
   devices.start(flags.FLAGS.coordinator, flags.FLAGS.num_processes, flags.FLAGS.process_id)
   from evaluation import importing, inspection, jobs, trained, validation
 
-  if mode == "import":
-    return importing.run(config, workdir)
-  if mode in settings.UNTRAINED:
-    return {"inspect": inspection.run, "validate": validation.run}[mode](config)
-  job = trained.start(config, workdir, train=mode in ("train", "run"))
-  return {name: jobs.JOBS[name](job) for name in wanted}
+  with devices.ending_together():
+    if mode == "import":
+      return importing.run(config, workdir)
+    if mode in settings.UNTRAINED:
+      return {"inspect": inspection.run, "validate": validation.run}[mode](config)
+    job = trained.start(config, workdir, train=mode in ("train", "run"))
+    return {name: jobs.JOBS[name](job) for name in wanted}
 
 
 def main(_: list[str]) -> None:
-  """Turns what a user can mend into one message and exit code 1."""
-  try:
+  """Runs with the flags, now read."""
+  with told():
     run(flags.FLAGS.mode, Path(flags.FLAGS.workdir))
-  except (ConfigError, RunError) as error:
-    sys.exit(f"error: {error}")
-  except Stopped as stopped:
-    print(f"{stopped}; the same command goes on from there", flush=True)
-  except KeyboardInterrupt:
-    sys.exit("\ninterrupted; the same command goes on from the last checkpoint")
 
 
 if __name__ == "__main__":
-  try:
+  with told():
     sys.argv = settings.check_command_line(sys.argv)  # first: the config flag reads it when defined
-  except ConfigError as error:
-    sys.exit(f"error: {error}")
   config_flags.DEFINE_config_file("config", settings.DEFAULT_CONFIG, "The experiment.")
   flags.DEFINE_string("workdir", "runs/digits", "Checkpoints, pictures and results.")
   flags.DEFINE_string("coordinator", "", "host:port of process 0, to run on several hosts.")

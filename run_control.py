@@ -62,8 +62,10 @@ class Stop:
 
   def asked(self) -> bool:
     """To be asked once after every call of the train step; it waits for no device."""
-    self._calls += 1  # jax agrees on the number after the largest seen: steps may leave numbers out
-    return multihost_utils.reached_preemption_sync_point(self._calls) if self._several else self._asked
+    if not self._several:
+      return self._asked
+    self._calls += 1  # jax waits for the number after the largest seen, which steps may leave out
+    return multihost_utils.reached_preemption_sync_point(self._calls)
 
 
 class Profiler:

@@ -110,7 +110,8 @@ class Progress:
     self._total, self._batch_size, self._from = training.num_steps, training.batch_size, start
     peak = peak_flops(training.peak_tflops) * num_devices
     self._utilisation = flops_per_image / peak if peak else 0.0
-    self._bar = tqdm(total=self._total, initial=start, desc="training", unit="step", disable=devices.no_bar())
+    total, off = self._total, devices.no_bar()
+    self._bar = tqdm(total=total, initial=start, desc="training", unit="step", disable=off)
     self._mark, self._began, self._waited = start, time.perf_counter(), 0.0
 
   def first_step(self, step: int, metrics: PyTree) -> None:

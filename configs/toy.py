@@ -1,7 +1,7 @@
-"""Points of a plane with a small network, to see every mode within two minutes.
+"""Points of a plane with a small network, to see every mode within a minute.
 
-Command:   python main.py --config=configs/toy.py --workdir=runs/toy    (or configs/toy.py:checkerboard)
-Hardware:  2 CPU cores, 2 minutes
+Command:   python main.py --config=configs/toy.py --workdir=runs/toy    (or toy.py:checkerboard)
+Hardware:  2 CPU cores, 1 minute
 """
 
 from ml_collections import ConfigDict

@@ -14,6 +14,12 @@ from errors import RunError
 from experiment import Experiment
 
 
+def spread(total: int, count: int) -> np.ndarray:
+  """At most `count` of the indices 0 .. total - 1, evenly: data may be sorted by class."""
+  count = min(total, count)
+  return np.arange(count) * total // count
+
+
 def parts(total: int, size: int, unit: str) -> Iterator[tuple[np.ndarray, int]]:
   """(indices [size], how many of them count) over 0 .. total - 1; the last part repeats its last
   index.

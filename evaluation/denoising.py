@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array, Float, PyTree
 
 import devices
-from evaluation.batches import keys_of, labels_of, parts
+from evaluation.batches import keys_of, labels_of, parts, spread
 from experiment import Experiment
 from losses import noise_error
 from parameterization import NoiseFn
@@ -80,11 +80,12 @@ class HeldOut:
     return experiment.over_devices(levels, 3)
 
   def losses(self, params: PyTree) -> np.ndarray:
-    """[examples, levels] in float64, of the first `evaluation.num_examples` (0: all)."""
+    """[examples, levels] in float64, of `evaluation.num_examples` (0: all)."""
     split, losses = self.experiment.dataset.splits[self.options.split], []
     count, key = len(split["image"]), jax.random.key(self.options.seed)
-    wanted = min(self.options.num_examples or count, count)
-    for index, valid in parts(wanted, self.options.batch_size, "held-out loss"):
+    rows = spread(count, self.options.num_examples or count)
+    for position, valid in parts(len(rows), self.options.batch_size, "held-out loss"):
+      index = rows[position]
       examples = split["image"][index], labels_of(split, index)
       values = self._levels(params, keys_of(key, index), *examples)
       losses.append(np.asarray(devices.to_host(values), np.float64)[:valid])

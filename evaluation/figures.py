@@ -24,6 +24,11 @@ def tile(images: np.ndarray, columns: int, *, border: int = 1) -> np.ndarray:
   return canvas
 
 
+def to_colours(values: np.ndarray) -> np.ndarray:
+  """[..., c] -> [..., 3]: three channels are colours; of any other number the mean is grey."""
+  return values if values.shape[-1] == 3 else values.mean(-1, keepdims=True).repeat(3, -1)
+
+
 def to_unit(x: np.ndarray, transform: Transform) -> np.ndarray:
   """Model units to [0, 1], clipped."""
   return np.clip((np.asarray(x) - transform.low) / (transform.high - transform.low), 0, 1)
@@ -55,8 +60,7 @@ def save_grid(path: Path, x: np.ndarray, transform: Transform, columns: int = 10
   read.
   """
   levels = np.asarray(transform.inverse(jnp.asarray(x))) / (transform.levels - 1)
-  # three channels are colours; of any other number the mean is shown in grey
-  colours = levels if levels.shape[-1] == 3 else levels.mean(-1, keepdims=True).repeat(3, -1)
+  colours = to_colours(levels)
   scale = max(1, -(-64 // colours.shape[2]))
   size = colours.shape[2] * scale, colours.shape[1] * scale
   images = [Image.fromarray((255 * image).round().astype(np.uint8)) for image in colours]
@@ -77,7 +81,7 @@ def save_process(
   ):
     count, n = frames.shape[:2]
     rows = np.moveaxis(frames, 0, 1).reshape(count * n, *frames.shape[2:])
-    axis.imshow(tile(to_unit(rows, transform), count).mean(-1), cmap="gray", vmin=0, vmax=1)
+    axis.imshow(tile(to_colours(to_unit(rows, transform)), count))
     width = frames.shape[3] + 1
     axis.set_xticks(width * np.arange(count) + width / 2, [f"{v:+.0f}" for v in labels])
     axis.set_yticks([])

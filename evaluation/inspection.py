@@ -16,6 +16,7 @@ import noise_levels
 import settings
 from errors import ConfigError
 from evaluation import network
+from evaluation.batches import spread
 from experiment import outline
 
 MOST_VALUES = 2**28  # of a split that are looked at
@@ -43,7 +44,8 @@ class Statistics:
 def measure(dataset: data.DataSet, dequantize: bool) -> Statistics:
   """The statistics of a data set's training split, and duplicates in and across its splits."""
   count, transform = MOST_VALUES // math.prod(dataset.shape), dataset.transform
-  splits = {name: split["image"][:count] for name, split in dataset.splits.items()}
+  looked_at = lambda images: images[spread(len(images), count)]
+  splits = {name: looked_at(split["image"]) for name, split in dataset.splits.items()}
   train, stored = splits.pop("train"), dataset.splits["train"]
   x = np.asarray(transform.forward(jnp.asarray(train)))
   labels, counts = np.unique(stored.get("label", ()), return_counts=True)

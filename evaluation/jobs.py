@@ -19,7 +19,7 @@ import devices
 import settings
 from errors import ConfigError, RunError
 from evaluation import figures
-from evaluation.batches import draw_samples, keys_of, labels_of, parts
+from evaluation.batches import draw_samples, keys_of, labels_of, parts, spread
 from evaluation.denoising import HeldOut, gaussian_predictor_loss
 from evaluation.mixture import mixture_log_prob
 from evaluation.records import SECTIONS, result_path
@@ -98,7 +98,8 @@ def _process_figure(job: Job, path: Path, num_images: int = 6, num_frames: int =
   """Forward noising of test images and reverse generation of samples, at the same noise levels."""
   experiment, params = job.experiment, devices.to_host(job.params)
   sde, split = experiment.sde, experiment.config.evaluation.split
-  images = experiment.dataset.splits[split]["image"][:num_images]
+  images = experiment.dataset.splits[split]["image"]
+  images = images[spread(len(images), num_images)]
   frames = np.asarray(experiment.trajectory(params, example_keys(job.key("sampling"), num_images)))
   times = np.asarray(experiment.times)
   position = np.linspace(0, len(times) - 1, num_frames).round().astype(int)
@@ -178,7 +179,8 @@ def run_likelihood(job: Job) -> dict[str, Any]:
 
 def _dequantized(job: Job, section: str, index: int) -> np.ndarray:
   """Training examples in model units, as many as a predictor without a network is fitted to."""
-  train = job.experiment.dataset.splits["train"]["image"][:FITTED]
+  train = job.experiment.dataset.splits["train"]["image"]
+  train = train[spread(len(train), FITTED)]
   key = fold_in(job.key(section), index)
   return np.asarray(job.experiment.transform.dequantize(key, jnp.asarray(train)))
 

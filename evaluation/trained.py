@@ -20,7 +20,7 @@ import training
 from checkpoint import Checkpoints, average
 from errors import check
 from evaluation import figures, network
-from evaluation.batches import draw_samples
+from evaluation.batches import draw_samples, spread
 from evaluation.denoising import HeldOut
 from evaluation.fid import sample_frechet_distance
 from experiment import Experiment, build
@@ -139,7 +139,8 @@ def _preview(experiment: Experiment, params: PyTree, workdir: Path, step: int) -
     figures.save_samples(path, x[: config.sampling.batch_size], experiment.transform)
   if not count:
     return {}
-  held_out = experiment.dataset.splits[config.evaluation.split]["image"][:count]
+  held_out = experiment.dataset.splits[config.evaluation.split]["image"]
+  held_out = held_out[spread(len(held_out), count)]
   flat = lambda x: np.asarray(x, np.float64).reshape(len(x), -1)
   y = experiment.transform.forward(jnp.asarray(held_out))
   return {"frechet_distance_pixels": sample_frechet_distance(flat(x[:count]), flat(y))}

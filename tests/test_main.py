@@ -40,7 +40,13 @@ def record(workdir, mode):
 
 def test_a_run_leaves_everything_a_user_looks_for(run):
   workdir, output = run
-  for words in ("fresh start", "step 6/6", "ETA", "test bits/dim, 297 examples", "Gaussian mixture"):
+  for words in (
+    "fresh start",
+    "step 6/6",
+    "ETA",
+    "test bits/dim, 297 examples",
+    "Gaussian mixture",
+  ):
     assert words in output
   likelihood = record(workdir, "likelihood")
   assert likelihood["num_examples"] == 297

@@ -17,7 +17,8 @@ from losses import (
   score_matching_trace,
   sliced_score_matching,
 )
-from sde_lib import make_sde, marginal
+from parameterization import score_from_noise
+from sde_lib import make_sde, marginal, perturb
 
 
 def gauss_hermite(n, dims):
@@ -279,3 +280,14 @@ def test_the_score_is_poor_where_there_are_no_data():
   assert everywhere.mean() / under_data > 10
   ranks = [np.argsort(np.argsort(c)) for c in (everywhere, np.asarray(TOY.log_prob(plane)))]
   assert np.corrcoef(*ranks)[0, 1] < -0.5
+
+
+@pytest.mark.parametrize("name", ["vp", "sub_vp", "ve"])
+def test_the_score_of_the_kernel_is_the_noise_over_sigma(x64, name):
+  """Row 23: grad log q(x_t | x_0) = -(x_t - alpha x_0) / sigma^2 = -noise / sigma, by autodiff."""
+  sde, t = make_sde(name), 0.3
+  alpha, sigma = (float(c) for c in marginal(sde, t))
+  x0, noise = jnp.asarray([[0.4, -1.2]]), jnp.asarray([[0.7, 0.1]])
+  log_kernel = lambda x: jnp.sum(-0.5 * ((x - alpha * x0) / sigma) ** 2)
+  score = jax.grad(log_kernel)(perturb(sde, x0, noise, t))
+  np.testing.assert_allclose(score_from_noise(sde, noise, t), score, rtol=1e-12)

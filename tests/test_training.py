@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
-from tiny import tiny_config
+from tiny import tiny_config, toy_config
 
 import data
 import devices
@@ -26,12 +26,10 @@ from experiment import build
 from optimizers import loss_history, make_optimizer
 from run_control import only_run
 
-MODEL = {"model__args__ch_mult": (1, 2), "training__batch_size": 8}
-
 
 @pytest.fixture(scope="module")
 def experiment():
-  return build(tiny_config())
+  return build(toy_config())
 
 
 def mesh_of(num_devices, fsdp=1):
@@ -106,7 +104,7 @@ def test_several_steps_in_one_call_are_the_same_steps(one_device):
 
 def test_gradients_are_means_over_devices(experiment):
   """Adam hides a wrong scale of the gradients, so plain gradient descent is compared."""
-  config = tiny_config(optimizer__name="sgd", optimizer__warmup_steps=0)
+  config = toy_config(optimizer__name="sgd", optimizer__warmup_steps=0)
   updated = [run_steps(config, mesh_of(n), 1)[0].params for n in (1, 4)]
   assert_close(*updated, rtol=1e-4, atol=1e-6)
 
@@ -155,7 +153,7 @@ def nan_in_batch(number):
 
 
 def test_a_step_without_finite_gradients_is_skipped_and_counted():
-  config, states = tiny_config(), []
+  config, states = toy_config(), []
   keep = lambda state: states.append(jax.device_get(state))
   state, seen, _ = run_steps(config, mesh_of(2), 4, each=keep, edit=nan_in_batch(2))
   assert np.isnan(seen[2]) and np.isfinite([seen[0], seen[1], seen[3]]).all()
@@ -168,6 +166,15 @@ def first_leaf(state):
   return np.asarray(jax.tree.leaves(state.params)[-1])
 
 
+def test_a_network_in_bfloat16_has_a_state_in_float32(one_device):
+  state, seen, _ = run_steps(toy_config(model__args__dtype="bfloat16"), mesh_of(1), 3)
+  floats = [x for x in jax.tree.leaves(state) if jnp.issubdtype(x.dtype, jnp.floating)]
+  assert {x.dtype for x in floats} == {jnp.dtype("float32")}
+  exact = run_steps(toy_config(), mesh_of(1), 3)[1]
+  np.testing.assert_allclose(seen, exact, rtol=0.05)
+  assert seen != exact
+
+
 def test_labels_are_dropped_as_often_as_asked():
   model = build(tiny_config()).model.clone(num_classes=10)
   keys = jax.random.split(jax.random.key(0), 4000)
@@ -177,7 +184,7 @@ def test_labels_are_dropped_as_often_as_asked():
 
 
 def test_the_losses_of_the_noise_levels_are_remembered():
-  config = tiny_config(loss__time_sampler="loss_second_moment")
+  config = toy_config(loss__time_sampler="loss_second_moment")
   states = [run_steps(config, mesh_of(n), 3)[0] for n in (1, 4)]
   history = loss_history(states[0].opt_state)
   assert int(history.counts.sum()) == 24 and isinstance(history, losses.LossHistory)
@@ -213,7 +220,7 @@ OPTIONS = {
 
 @pytest.mark.parametrize("name", OPTIONS)
 def test_a_killed_run_resumes_bit_for_bit(tmp_path, capsys, name):
-  experiment = build(tiny_config(**OPTIONS[name], training__num_steps=8))
+  experiment = build(toy_config(**OPTIONS[name], training__num_steps=8))
   straight = jax.device_get(train(experiment, tmp_path / "straight"))
   assert "fresh start" in capsys.readouterr().out
   with pytest.raises(Killed):
@@ -245,12 +252,23 @@ def test_metrics_are_written_once_per_step_and_for_tensorboard(experiment, tmp_p
   assert list((tmp_path / "tensorboard").iterdir())
 
 
+def test_the_utilisation_of_the_devices_is_told_where_their_peak_is_known(tmp_path):
+  config = toy_config(training__peak_tflops=1e-3)
+  experiment = build(config)
+  parts = config, experiment.sde, experiment.model, experiment.dataset, mesh_of(2), tmp_path
+  training.train(*parts, {}, flops_per_image=100.0)
+  for line in lines_of(tmp_path)[1:]:
+    rate = line["images_per_second"]
+    np.testing.assert_allclose(line["images_per_second_per_device"], rate / 2)
+    np.testing.assert_allclose(line["model_flop_utilisation"], rate * 100 / 2e9)
+
+
 def test_a_checkpoint_restores_onto_another_mesh(monkeypatch, experiment, tmp_path):
   monkeypatch.setattr(devices, "SMALLEST_SHARDED", 16)
   saved = train(experiment, tmp_path)
   optimizer = make_optimizer(experiment.config, experiment.sde)
   for mesh in (mesh_of(4), mesh_of(4, 2)):
-    target = training.abstract_state(experiment.model, optimizer, (8, 8, 1), mesh)
+    target = training.abstract_state(experiment.model, optimizer, (2,), mesh)
     with Checkpoints(tmp_path / "checkpoints") as checkpoints:
       state = checkpoints.restore(6, target)
     assert_same(saved, state)
@@ -304,10 +322,10 @@ def small_disk(num_bytes):
 
 
 def test_a_full_disk_ends_the_run_with_a_message_and_keeps_what_is_there(tmp_path):
-  experiment = build(tiny_config(training__num_steps=9))
+  experiment = build(toy_config(training__num_steps=9, model__args__hidden=(64, 64)))
   with pytest.raises(Killed):
     train(experiment, tmp_path, kill_at(3))
-  with small_disk(2000), pytest.raises(RunError, match="could not be written") as raised:
+  with small_disk(8000), pytest.raises(RunError, match="could not be written") as raised:
     train(experiment, tmp_path)
   assert "kept:" in str(raised.value) and "3" in str(raised.value)
   resumed = jax.device_get(train(experiment, tmp_path))
@@ -316,7 +334,7 @@ def test_a_full_disk_ends_the_run_with_a_message_and_keeps_what_is_there(tmp_pat
 
 def test_steps_that_are_never_finite_end_the_run_and_keep_the_last_checkpoint(tmp_path):
   wild = {"optimizer__learning_rate": 1e30, "training__checkpoint_every": 1}
-  bad = build(tiny_config(**wild, training__max_skipped=3, training__num_steps=20))
+  bad = build(toy_config(**wild, training__max_skipped=3, training__num_steps=20))
   with pytest.raises(RunError, match=r"not finite in \d steps in a row.*max_skipped = 3"):
     train(bad, tmp_path)
   steps = sorted(int(p.name) for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit())
@@ -339,7 +357,7 @@ def test_sigterm_saves_and_stops(experiment, tmp_path, capsys):
 
 def test_the_host_looks_at_the_devices_only_to_log(monkeypatch, tmp_path):
   """Between two reports nothing waits for the devices."""
-  config = tiny_config(training__num_steps=30, training__log_every=10)
+  config = toy_config(training__num_steps=30, training__log_every=10)
   with config.unlocked():
     config.training.update(checkpoint_every=30, sample_every=30)
   step, reads, wait, array = [0], set(), jax.block_until_ready, type(jnp.ones(1))
@@ -361,17 +379,17 @@ def test_the_host_looks_at_the_devices_only_to_log(monkeypatch, tmp_path):
 
 
 def test_memory_decides_the_parts_of_a_batch(capsys, tmp_path):
-  plain = tiny_config(training__batch_size=64, training__num_steps=3)
+  plain = toy_config(training__batch_size=64, training__num_steps=3)
   whole = jax.device_get(train(build(plain), tmp_path / "whole"))
   assert "parts" not in capsys.readouterr().out
-  limited = tiny_config(training__batch_size=64, training__num_steps=3, training__memory_gib=0.004)
+  limited = toy_config(training__batch_size=64, training__num_steps=3, training__memory_gib=0.00018)
   parts = jax.device_get(train(build(limited), tmp_path / "parts"))
   assert re.search(r"each batch in \d+ parts of \d+ per device", capsys.readouterr().out)
   assert_close(whole.params, parts.params, rtol=1e-3, atol=1e-5)
-  given = tiny_config(training__batch_size=64, training__num_steps=3, training__batch_per_device=16)
+  given = toy_config(training__batch_size=64, training__num_steps=3, training__batch_per_device=16)
   train(build(given), tmp_path / "given")
   assert "each batch in 4 parts of 16 per device" in capsys.readouterr().out
-  impossible = tiny_config(training__memory_gib=1e-6)
+  impossible = toy_config(training__memory_gib=1e-6)
   with pytest.raises(RunError, match="one example per device"):
     train(build(impossible), tmp_path / "impossible")
 
@@ -385,14 +403,14 @@ def test_a_second_run_in_a_workdir_is_refused(tmp_path):
 
 
 def test_a_profile_is_written(tmp_path):
-  train(build(tiny_config(training__num_steps=9, training__profile_steps=2)), tmp_path)
+  train(build(toy_config(training__num_steps=9, training__profile_steps=2)), tmp_path)
   assert list((tmp_path / "profile").rglob("*.xplane.pb"))
 
 
 def test_averages_put_together_afterwards_are_those_of_the_training(tmp_path):
   """The average of relative width 0.15 kept while training, and from snapshots of 0.1 and 0.25."""
   options = {"ema__sigma_rel": (0.1, 0.25, 0.15), "ema__snapshot_every": 4}
-  config = tiny_config(**options, training__num_steps=40, training__log_every=40)
+  config = toy_config(**options, training__num_steps=40, training__log_every=40)
   config.training.update(checkpoint_every=40, sample_every=40)
   state = train(build(config), tmp_path)
   with Checkpoints(tmp_path / "ema_snapshots", read_only=True) as snapshots:

@@ -29,13 +29,22 @@ TINY = {
 }
 
 
+def _changed(path, flat, changes):
+  config = load_config_file(path)
+  with config.unlocked():
+    config.update_from_flattened_dict(flat | {k.replace("__", "."): v for k, v in changes.items()})
+  return config
+
+
 def tiny_config(**changes):
   """configs/digits.py made small; `changes` are section__field=value."""
-  config = load_config_file("configs/digits.py")
-  flat = TINY | {k.replace("__", "."): v for k, v in changes.items()}
-  with config.unlocked():
-    config.update_from_flattened_dict(flat)
-  return config
+  return _changed("configs/digits.py", TINY, changes)
+
+
+def toy_config(**changes):
+  """configs/toy.py made small: compiles in a second."""
+  flat = {k: v for k, v in TINY.items() if not k.startswith("model.")}
+  return _changed("configs/toy.py", flat | {"model.args.hidden": (16, 16)}, changes)
 
 
 def tiny_arguments(**changes) -> list[str]:
