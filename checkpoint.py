@@ -8,6 +8,7 @@ import orbax.checkpoint as ocp
 from jaxtyping import PyTree
 from orbax.checkpoint.checkpoint_managers import preservation_policy, save_decision_policy
 
+import devices
 from errors import RunError
 
 logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax tells every step of every save
@@ -95,8 +96,10 @@ class Checkpoints:
     return None
 
   def _put_aside(self, step: int, aside: Path) -> None:
-    aside.parent.mkdir(exist_ok=True)
-    (self.directory / str(step)).rename(aside)
+    if devices.is_first():
+      aside.parent.mkdir(exist_ok=True)
+      (self.directory / str(step)).rename(aside)
+    devices.wait_for_all("put aside")
     self._manager.reload()
 
   def restore_item(self, step: int, item: str, target: PyTree) -> PyTree:

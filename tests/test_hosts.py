@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import pathlib
+import shutil
 import signal
 import socket
 import subprocess
@@ -21,6 +22,7 @@ from jax._src.clusters import OmpiCluster, SlurmCluster
 import data
 import devices
 from errors import ConfigError
+from run_control import only_run
 
 ROOT = pathlib.Path(__file__).parent.parent
 CONFIG = """
@@ -39,6 +41,8 @@ def get_config():
     },
   )
 """
+
+TO_55 = "--config.training.num_steps=55"
 
 
 def start(workdir, *arguments, num_devices=1):
@@ -132,7 +136,7 @@ def test_two_processes_evaluate_as_one_device(tmp_path):
 def test_a_run_of_two_processes_goes_on_as_one(runs):
   """The processes' checkpoint, on another number of devices; the run on one device goes on too."""
   one, two, _ = runs
-  extended = "--mode=train", "--config.training.num_steps=55"
+  extended = "--mode=train", TO_55
   for process in [start(one, *extended), start(two, *extended)]:
     assert "resumed at step 50 of 55" in succeeded(process)
   a, b = losses_of(one), losses_of(two)
@@ -161,6 +165,28 @@ def test_a_sigterm_to_one_process_saves_and_ends_both(tmp_path):
   assert (code, second) == (0, 0)
   assert f"stopped at step {last} as asked; the last checkpoint: {last}" in out
   assert (workdir / "checkpoints" / str(last) / "commit_success.txt").is_file()
+
+
+@pytest.mark.exhaustive
+def test_a_failure_of_one_process_ends_both_with_its_message(tmp_path):
+  workdir = tmp_path / "run"
+  with only_run(workdir):
+    begin = time.time()
+    (code, _, error), (second, *_) = map(end, start_two(workdir, "--mode=train"))
+  assert code == 1 and error.startswith("error:") and "is in use" in error
+  assert second != 0 and time.time() - begin < 60, "nobody waits for the others"
+
+
+@pytest.mark.exhaustive
+def test_two_processes_put_a_damaged_checkpoint_aside(runs, tmp_path):
+  workdir = tmp_path / "run"
+  shutil.copytree(runs[1], workdir)
+  last = max((workdir / "checkpoints").iterdir(), key=lambda path: int(path.name))
+  largest = max((p for p in last.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+  os.truncate(largest, largest.stat().st_size // 2)
+  outputs = [succeeded(p) for p in start_two(workdir, "--mode=train", TO_55)]
+  assert "cannot be read" in outputs[0] and "resumed at step" in outputs[0]
+  assert (workdir / "unreadable" / last.name).is_dir()
 
 
 # the order of the data
