@@ -9,11 +9,12 @@ import diffrax
 import jax
 import jax.numpy as jnp
 import lineax
-from jaxtyping import Array, Bool, Float, Int, Key, PyTree
+from jaxtyping import Array, Bool, Int, Key, PyTree
 
+from divergence import Probe, traces
 from errors import lookup
 from parameterization import ScoreFn
-from sde_lib import SDE, coefficients, marginal
+from sde_lib import SDE, Time, coefficients, log_snr, log_snr_rate, marginal, time_of_log_snr
 
 VectorField = Callable  # (t, state, args) -> d state / dt
 
@@ -95,26 +96,62 @@ def finest_step(sde: SDE) -> float:
   return (sde.t_max - sde.t_min) / 2**14
 
 
-def with_log_density(field: VectorField, probe: Float[Array, "k *d"] | None) -> VectorField:
+def with_log_density(
+  field: VectorField, probe: Probe, linear: Callable | None = None
+) -> VectorField:
   """The flow of (x, log p) for one example x [*d]: d log p / dt = -div field (Chen et al. 2018, eq.
   8).
 
-  Drift and divergence come from one forward-mode pass; the network runs once.
+  Drift and divergence come from one linearization: the network runs once, and once more forward for
+  each product with its Jacobian.
 
   Args:
-    probe: [k, *d] probes of identity covariance, averaged (Hutchinson), or None for the exact
-      trace.
+    probe: of a law of `divergence.DIVERGENCES`, or None for the exact trace.
+    linear: (t, x) -> (velocity, its trace), a part of `field` of known trace, as
+      `divergence.linear_part`: the probes see only the rest.
+
+  A state whose log p is [m] follows each of the m estimates; one whose log p is a number, their
+  mean.
   """
 
   def augmented(t, state, args):
-    x, _ = state
-    basis = jnp.eye(x.size, dtype=x.dtype).reshape(x.size, *x.shape) if probe is None else probe
-    push = jax.vmap(lambda v: jax.jvp(lambda y: field(t, y, args), (x,), (v,)), out_axes=(None, 0))
-    drift, tangents = push(basis)
-    trace = jnp.sum(basis * tangents)
-    return drift, -(trace if probe is None else trace / probe.shape[0])
+    x, log_prob = state
+
+    def rest(y):
+      drift = field(t, y, args)
+      velocity, trace = linear(t, y) if linear else (jnp.zeros(()), 0.0)
+      return drift - velocity, (drift, trace)
+
+    _, push, (drift, trace) = jax.linearize(rest, x, has_aux=True)
+    change = -(trace + traces(push, probe, x))
+    return drift, change if log_prob.ndim else change.mean()
 
   return augmented
+
+
+# c of the time u = asinh(r / c), r = sigma / alpha: below it u is the noise level, above its
+# logarithm; of 0.001 to 3 it gave the least error per evaluation on digits
+NOISE_SCALE = 0.3
+
+
+def noise_time(sde: SDE, t: Time) -> Array:
+  """u = asinh(sigma / (alpha c)), a time in which every process has the same flow up to a scale."""
+  return jnp.arcsinh(jnp.exp(-0.5 * log_snr(sde, t)) / NOISE_SCALE)
+
+
+def in_noise_time(sde: SDE, field: VectorField) -> VectorField:
+  """`field` with `noise_time` as its time: dt/du = 2 / (tanh(u) (-d log-SNR / dt)).
+
+  In t the flow of most processes has a singularity at the data (VP: sigma ~ sqrt(t)), which costs a
+  solver of high order most of its steps.
+  """
+
+  def warped(u, state, args):
+    t = time_of_log_snr(sde, -2 * jnp.log(NOISE_SCALE * jnp.sinh(u)))
+    rate = 2 / (jnp.tanh(u) * log_snr_rate(sde, t))
+    return jax.tree.map(lambda d: rate * d, field(t, state, args))
+
+  return warped
 
 
 class _CountingController(diffrax.PIDController):
@@ -148,8 +185,8 @@ class Solution(NamedTuple):
 def solve(
   field: VectorField,
   state: PyTree,
-  t0: float,
-  t1: float,
+  t0: Time,
+  t1: Time,
   *,
   solver: str,
   rtol: float,

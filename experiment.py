@@ -24,10 +24,19 @@ import models
 import optimizers
 import run_log
 import training
+from dequantization import DEQUANTIZATIONS
+from divergence import DIVERGENCES
 from dynamics import SOLVERS
 from errors import ConfigError, check, invalid, lookup
-from likelihood import DIVERGENCES, LogLikelihood, log_likelihood
-from parameterization import C_NOISE, OUTPUTS, NoiseFn, make_noise_fn, make_score_fn
+from likelihood import STARTS
+from parameterization import (
+  C_NOISE,
+  OUTPUTS,
+  VARIANCES,
+  NoiseFn,
+  make_noise_fn,
+  make_score_fn,
+)
 from sampling import (
   ADAPTIVE_SDE_SOLVERS,
   INITS,
@@ -172,20 +181,6 @@ class Experiment:
 
     return draw
 
-  @functools.cached_property
-  def likelihood(self) -> Callable[[PyTree, Keys, Array, Array], LogLikelihood]:
-    """(params, one key per example, x [b, *d], labels [b]) -> the exact log-likelihood of each
-    example, given its label where the network has classes.
-    """
-    names = ("divergence", "num_probes", "solver", "rtol", "atol", "max_steps")
-    options = {name: self.config.likelihood[name] for name in names}
-
-    def evaluate(params, keys, x, labels):
-      score_fn, given = make_score_fn(self.sde, self.noise_fn(params)), self.labels(labels)
-      return log_likelihood(keys, self.sde, score_fn, x, labels=given, **options)
-
-    return self.over_devices(evaluate, 3)
-
 
 def _make_model(config: ConfigDict) -> nn.Module:
   """`models/<name>.py`'s Model with the arguments of the configuration."""
@@ -227,7 +222,11 @@ NAMES = (
   (INITS, "sampling.init"),
   (SPACINGS, "sampling.spacing"),
   (DENOISE, "sampling.denoise"),
+  (dict.fromkeys(("exact", "variational")), "likelihood.kind"),
+  (DEQUANTIZATIONS, "likelihood.dequantization"),
   (DIVERGENCES, "likelihood.divergence"),
+  (STARTS, "likelihood.start"),
+  (VARIANCES, "likelihood.variance"),
   (SOLVERS, "likelihood.solver"),
 )
 MAY_BE_ZERO = (
@@ -259,7 +258,7 @@ def _check_values(config: ConfigDict, num_devices: int) -> None:
       if isinstance(value, int | float) and field not in MAY_BE_ZERO:
         positive = value > 0 or isinstance(value, bool)
         check(positive, f"{section}.{field}", value, "a number above 0")
-  for section in ("training", "sampling", "likelihood"):
+  for section in ("training", "sampling"):
     size = config[section].batch_size
     below = size // num_devices * num_devices
     nearest = " or ".join(str(n) for n in (below, below + num_devices) if n)

@@ -1,35 +1,94 @@
-"""Log-likelihood by the probability-flow ODE, divergence estimators, bits per dimension; the
+"""Log-likelihood by the probability-flow ODE, encoding and decoding, bits per dimension; the
 variational bound and the importance-weighted likelihood of a discrete chain.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from bounds import level_term, level_times, log_weight, predict, prior_term
+from bounds import level_term, level_times, log_weight, predict, prior_term, sum_dims
 from data import Transform
-from dynamics import probability_flow, solve, with_log_density
-from errors import ConfigError, lookup
+from divergence import DIVERGENCES, GaussianControl, linear_part, num_estimates, standard_error
+from dynamics import (
+  Solution,
+  in_noise_time,
+  noise_time,
+  probability_flow,
+  solve,
+  with_log_density,
+)
+from errors import ConfigError, check, lookup
+from losses import WEIGHTINGS, denoising_loss, importance_quantile, independent, noise_error
 from parameterization import NoiseFn, ScoreFn
-from sde_lib import SDE, Keys, example_keys, fold_in, normal, perturb, prior_log_prob
-
-# name: (key, one example x [*d], number of probes) -> probes [k, *d], or None for the exact trace
-DIVERGENCES = {
-  "exact": lambda key, x, k: None,
-  "rademacher": lambda key, x, k: jax.random.rademacher(key, (k, *x.shape), x.dtype),
-}
+from sde_lib import SDE, Keys, example_keys, fold_in, marginal, normal, perturb, prior_log_prob
 
 
 class LogLikelihood(NamedTuple):
-  """Per example: log-density in nats (NaN where the solve failed), latent at t_max, network
-  evaluations.
+  """Per example, nats; NaN where the solve failed. log_prob = prior + divergence + offset.
+
+  `standard_error` is that of the probes alone: 0 for the exact trace, NaN where there is one
+  estimate and no spread.
   """
 
   log_prob: Float[Array, " b"]
   latent: Float[Array, "b *d"]
-  nfe: Int[Array, " b"]
+  nfe: Int[Array, " b"]  # evaluations of drift and divergence: each 1 + products network passes
+  prior: Float[Array, " b"]  # log-density of the latent
+  divergence: Float[Array, " b"]  # the divergence's integral over time, mean over the probes
+  standard_error: Float[Array, " b"]
+  offset: Float[Array, " b"]  # from the density at t_min to that of the data
+
+
+def start_offset(
+  sde: SDE,
+  score_fn: ScoreFn,
+  x: Float[Array, "b *d"],
+  x_t: Float[Array, "b *d"],
+  labels: Int[Array, " b"] | None = None,
+) -> Float[Array, " b"]:
+  """log p(x | x_t) - log q(x_t | x) at t_min, p the Gaussian about the predicted data of std
+  sigma / alpha (Song, Durkan et al. 2021, "Maximum likelihood training", in the released code; Kim
+  et al. 2022, "Soft truncation").
+
+  log p(x) >= E_q[log p_{t_min}(x_t) + offset]. With x_t = alpha x + sigma noise and the predicted
+  noise it is D log alpha + (|noise|^2 - |noise - prediction|^2) / 2.
+  """
+  alpha, sigma = marginal(sde, sde.t_min)
+  noise, predicted = (x_t - alpha * x) / sigma, -sigma * score_fn(x_t, sde.t_min, labels)
+  return sum_dims(predicted * (noise - 0.5 * predicted) + jnp.log(alpha))
+
+
+def _perturbed(key, sde, score_fn, x, labels):
+  x_t = perturb(sde, x, normal(fold_in(key, 1), x.shape), sde.t_min)
+  return x_t, start_offset(sde, score_fn, x, x_t, labels), 1
+
+
+# name: (keys, sde, score_fn, x, labels) -> the state at t_min, the offset [b], evaluations
+STARTS = {
+  "none": lambda key, sde, score_fn, x, labels: (x, jnp.zeros_like(x, shape=x.shape[:1]), 0),
+  "perturb": _perturbed,
+}
+
+
+def _solve_each(
+  sde: SDE, score_fn: ScoreFn, flow_of: Callable, examples, labels, *, decode=False, **options
+) -> Solution:
+  """Solves from t_min to t_max, or back, each example with its own steps.
+
+  `flow_of(field, *example)` makes (the flow, its start) of the probability flow of one example.
+  """
+  ends = [noise_time(sde, t) for t in (sde.t_min, sde.t_max)]
+
+  def one(label, *example):
+    label = None if label is None else label[None]
+    field = probability_flow(sde, lambda x, t, _: score_fn(x[None], t, label)[0])
+    flow, start = flow_of(field, *example)
+    return solve(in_noise_time(sde, flow), start, *(ends[::-1] if decode else ends), **options)
+
+  return jax.vmap(one, (None if labels is None else 0, *[0] * len(examples)))(labels, *examples)
 
 
 def log_likelihood(
@@ -45,32 +104,111 @@ def log_likelihood(
   solver: str = "tsit5",
   max_steps: int = 1000,
   labels: Int[Array, " b"] | None = None,
+  control: GaussianControl | None = None,
+  start: str = "none",
 ) -> LogLikelihood:
-  """log p(x) by the instantaneous change of variables (Song et al. 2021, eq. 39), x taken as the
-  state at t_min.
+  """log p(x) by the instantaneous change of variables (Song et al. 2021, eq. 39).
 
   Each example has its own step sizes, so its result does not depend on its batch mates.
 
   Args:
-    key: one key, or one per example, for the probes.
-    divergence: a name in `DIVERGENCES`: "rademacher" averages num_probes Hutchinson estimates,
-      fixed along the path.
+    key: one key, or one per example, for the probes and the start.
+    divergence: a name in `DIVERGENCES`; the probes are fixed along the path.
+    num_probes: Jacobian products for each evaluation, each a network pass more; the exact trace
+      takes D.
+    control: a Gaussian near the data, whose part of the divergence is taken exactly; that of the
+      linear drift always is. The estimate stays unbiased.
+    start: a name in `STARTS`. "none": x is the state at t_min, log_prob its log-density there.
+      "perturb": x are data; one draw of a lower bound on log p(x) in expectation (`start_offset`).
   """
-  draw = lookup(DIVERGENCES, divergence, "divergence")
+  draw = lookup(DIVERGENCES, divergence, "likelihood.divergence")
+  resolution = float(jnp.finfo(x.dtype).eps)
+  check(rtol >= resolution, "likelihood.rtol", rtol, f"{resolution:.1g} or more for {x.dtype}")
+  keys, linear = example_keys(key, x.shape[0]), linear_part(sde, control)
+  begin, offset, extra = lookup(STARTS, start, "likelihood.start")(keys, sde, score_fn, x, labels)
 
-  def one(key, x, label):
-    batched = None if label is None else label[None]
-    field = probability_flow(sde, lambda x, t, _: score_fn(x[None], t, batched)[0])
-    flow = with_log_density(field, draw(key, x, num_probes))
-    start = (x, jnp.zeros((), x.dtype))
-    return solve(
-      flow, start, sde.t_min, sde.t_max, solver=solver, rtol=rtol, atol=atol, max_steps=max_steps
-    )
+  def flow_of(field, key, x):
+    probe = draw(key, x, num_probes)
+    estimates = jnp.zeros(num_estimates(probe), x.dtype)
+    return with_log_density(field, probe, linear), (x, estimates)
 
-  (latent, change), nfe, ok = jax.vmap(one, (0, 0, None if labels is None else 0))(
-    example_keys(key, x.shape[0]), x, labels
-  )
-  return LogLikelihood(jnp.where(ok, prior_log_prob(sde, latent) - change, jnp.nan), latent, nfe)
+  options = {"solver": solver, "rtol": rtol, "atol": atol, "max_steps": max_steps}
+  (latent, changes), nfe, ok = _solve_each(sde, score_fn, flow_of, (keys, begin), labels, **options)
+  prior, integral = prior_log_prob(sde, latent), -changes.mean(1)
+  error = standard_error(changes, divergence, x[0].size)
+  parts = (prior + integral + offset, prior, integral, error, offset)
+  total, *rest = (jnp.where(ok, part, jnp.nan) for part in parts)
+  return LogLikelihood(total, latent, nfe + extra, *rest)
+
+
+def _prior_divergence(sde, x):
+  """KL(q(x_T | x) || prior) at t_max."""
+  alpha, sigma = (c / sde.prior_std for c in marginal(sde, sde.t_max))
+  return sum_dims(0.5 * ((alpha * x) ** 2 + sigma**2 - 1) - jnp.log(sigma))
+
+
+def continuous_bound(
+  key: Keys,
+  sde: SDE,
+  noise_fn: NoiseFn,
+  x: Float[Array, "b *d"],
+  *,
+  labels: Int[Array, " b"] | None = None,
+) -> Float[Array, " b"]:
+  """One draw of the bound on -log p(x) in continuous time, nats (Kingma et al. 2021, "Variational
+  diffusion models", eq. 11-16): prior, diffusion at one time, Gaussian decoder of std sigma / alpha
+  at t_min. Two network evaluations, differentiable in x.
+  """
+  keys = example_keys(key, x.shape[0])
+  how = {"weighting": WEIGHTINGS["elbo"], "time_sampler": independent(importance_quantile)}
+  loss = denoising_loss(fold_in(keys, 0), sde, noise_fn, x, labels=labels, **how)
+  alpha, sigma = marginal(sde, sde.t_min)
+  misfit = noise_error(fold_in(keys, 1), sde, noise_fn, x, sde.t_min, labels)
+  decoder = 0.5 * misfit + x[0].size * jnp.log(sigma / alpha * jnp.sqrt(2 * jnp.pi))
+  return _prior_divergence(sde, x) + (sde.t_max - sde.t_min) * loss + decoder
+
+
+def _transport(sde, score_fn, x, labels, decode, **options):
+  flow_of = lambda field, x: (field, x)
+  solution = _solve_each(sde, score_fn, flow_of, (x,), labels, decode=decode, **options)
+  ok = solution.ok.reshape(-1, *[1] * (x.ndim - 1))
+  return jnp.where(ok, solution.state, jnp.nan), solution.nfe
+
+
+def encode(
+  sde: SDE,
+  score_fn: ScoreFn,
+  x: Float[Array, "b *d"],
+  *,
+  rtol: float = 1e-5,
+  atol: float = 1e-5,
+  solver: str = "tsit5",
+  max_steps: int = 1000,
+  labels: Int[Array, " b"] | None = None,
+) -> tuple[Float[Array, "b *d"], Int[Array, " b"]]:
+  """The latent at t_max of each x at t_min by the probability flow, and its network evaluations
+  (Song et al. 2021, section 4.3); NaN where the solve failed. Each example has its own steps.
+
+  Points between two latents: `sampling.interpolate`.
+  """
+  options = {"solver": solver, "rtol": rtol, "atol": atol, "max_steps": max_steps}
+  return _transport(sde, score_fn, x, labels, False, **options)
+
+
+def decode(
+  sde: SDE,
+  score_fn: ScoreFn,
+  latent: Float[Array, "b *d"],
+  *,
+  rtol: float = 1e-5,
+  atol: float = 1e-5,
+  solver: str = "tsit5",
+  max_steps: int = 1000,
+  labels: Int[Array, " b"] | None = None,
+) -> tuple[Float[Array, "b *d"], Int[Array, " b"]]:
+  """The inverse of `encode`, of the same arguments: x at t_min of each latent."""
+  options = {"solver": solver, "rtol": rtol, "atol": atol, "max_steps": max_steps}
+  return _transport(sde, score_fn, latent, labels, True, **options)
 
 
 def bits_per_dim(

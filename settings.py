@@ -174,6 +174,7 @@ def digest(config: ConfigDict, *sections: str) -> str:
   """
   sections = (*sections, "ema.")  # which average is used
   kept = {k: v for k, v in flatten(config).items() if not _free(k) or k.startswith(sections)}
+  kept.pop("likelihood.check", None)  # it prints more, and changes nothing
   return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:12]
 
 

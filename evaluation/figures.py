@@ -92,6 +92,32 @@ def save_process(
   plt.close(figure)
 
 
+def save_likelihood(
+  path: Path, values: np.ndarray, name: str, x: np.ndarray, transform: Transform, count: int = 8
+) -> None:
+  """The histogram of the examples' values and, of images, those of the lowest and the highest."""
+  images = x.ndim == 4
+  rows, height = (3, 7) if images else (1, 4)
+  figure, axes = plt.subplots(rows, 1, figsize=(8, height), squeeze=False)
+  axis, label = axes[0, 0], name.replace("_", " ")
+  axis.hist(values, bins=min(50, max(10, len(values) // 10)), color="tab:blue", alpha=0.8)
+  axis.axvline(values.mean(), color="black", linewidth=1)
+  axis.set_xlabel(label)
+  axis.set_ylabel("examples")
+  order = np.argsort(values)
+  for row, (title, chosen) in enumerate((("lowest", order[:count]), ("highest", order[-count:]))):
+    if images:
+      axis = axes[row + 1, 0]
+      axis.imshow(tile(to_colours(to_unit(x[chosen], transform)), count))
+      axis.set_title(
+        f"{title} {label}: {', '.join(f'{v:.2f}' for v in values[chosen])}", fontsize=9
+      )
+      axis.set_axis_off()
+  figure.tight_layout()
+  figure.savefig(path, dpi=120)
+  plt.close(figure)
+
+
 def save_loss_per_level(path: Path, log_snrs: np.ndarray, curves: dict[str, np.ndarray]) -> None:
   """Loss per dimension against the noise level, one line per predictor."""
   figure, axis = plt.subplots(figsize=(8, 5), layout="constrained")

@@ -1,8 +1,12 @@
 """The trained network of a workdir: restored, or trained first."""
 
 import dataclasses
+import importlib.metadata
 import json
+import platform
+import time
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,10 +24,14 @@ import training
 from checkpoint import Checkpoints, average
 from errors import check
 from evaluation import figures, network
-from evaluation.batches import draw_samples, spread
+from evaluation.batches import draw_samples, keys_of, spread
 from evaluation.denoising import HeldOut
 from evaluation.fid import sample_frechet_distance
+from evaluation.records import SECTIONS, result_path
 from experiment import Experiment, build
+
+PACKAGES = ("jax", "flax", "optax", "diffrax", "orbax-checkpoint", "numpy")
+FITTED = 10_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +46,45 @@ class Job:
   def key(self, section: str) -> jax.Array:
     """The key of a mode, from its own seed."""
     return jax.random.key(self.experiment.config[section].seed)
+
+  def write(self, mode: str, seconds: float, result: dict[str, Any]) -> dict[str, Any]:
+    """Writes the record of a mode; one of another configuration or checkpoint is kept under its
+    digest.
+    """
+    config, path = self.experiment.config, result_path(self.workdir, mode)
+    record = {
+      **result,
+      "seconds": round(seconds, 3),
+      "checkpoint_step": self.step,
+      "config_digest": settings.digest(config, SECTIONS[mode]),
+      "config": json.loads(config.to_json()),
+      "versions": {"python": platform.python_version()}
+      | {p: importlib.metadata.version(p) for p in PACKAGES},
+      "devices": [str(d) for d in self.experiment.mesh.devices.flat],
+      "matmul_precision": "highest",
+      "written": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
+    if not devices.is_first():
+      return record
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.is_file():
+      old = json.loads(path.read_text())
+      if old["config_digest"] != record["config_digest"] or old["checkpoint_step"] != self.step:
+        path.rename(
+          path.with_name(f"{mode}-step{old['checkpoint_step']}-{old['config_digest']}.json")
+        )
+    settings.write_text(path, json.dumps(record, indent=2) + "\n")
+    return record
+
+
+def training_examples(job: Job) -> np.ndarray:
+  """Training examples in model units, uniformly dequantized, as many as a predictor without a
+  network is fitted to.
+  """
+  train = job.experiment.dataset.splits["train"]["image"]
+  rows = spread(len(train), FITTED)
+  keys = keys_of(jax.random.fold_in(job.key("evaluation"), 2), rows)
+  return np.asarray(job.experiment.transform.dequantize(keys, jnp.asarray(train[rows])))
 
 
 def start(config: ConfigDict, workdir: Path, *, train: bool) -> Job:

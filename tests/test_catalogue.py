@@ -691,7 +691,7 @@ def test_encoding_and_decoding_of_a_gaussian(x64, name):
   sde, x, tight = make_sde(name), jnp.asarray(START), {"rtol": 1e-8, "atol": 1e-8}
   score_fn, key = LAW.score_fn(sde), jax.random.key(0)
   encode = lambda x: log_likelihood(key, sde, score_fn, x, divergence="exact", **tight)
-  log_prob, latent, _ = jax.jit(encode)(x)
+  log_prob, latent, *_ = jax.jit(encode)(x)
   decode = lambda z: sample_ode(key, sde, score_fn, z.shape, init=z, **tight)[0]
   np.testing.assert_allclose(jax.jit(decode)(latent), x, atol=1e-5)
   (alpha, sigma), (small, noise) = (marginal(sde, t) for t in (sde.t_max, sde.t_min))

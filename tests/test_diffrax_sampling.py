@@ -39,8 +39,16 @@ def on_one_path():
   return run
 
 
+MORE_ORDERS = ("heun", 1), ("sea", 1), ("shark", 1.5)
+
+
 @pytest.mark.parametrize(
-  ("solver", "order"), [("euler", 1), ("heun", 1), ("sea", 1), ("sra1", 1.5), ("shark", 1.5)]
+  ("solver", "order"),
+  [
+    ("euler", 1),
+    ("sra1", 1.5),
+    *(pytest.param(*row, marks=pytest.mark.exhaustive) for row in MORE_ORDERS),
+  ],
 )
 def test_strong_order_on_one_brownian_path(on_one_path, solver, order):
   """Root mean square distance to a fine solution on the same path, against the step."""
@@ -83,7 +91,10 @@ def test_adaptive_steps_draw_the_data():
   assert x.std() == pytest.approx(std, rel=0.01 + 4 / np.sqrt(2 * n))
 
 
-@pytest.mark.parametrize(("solver", "spacing"), [("euler", "log_snr"), ("shark", "time")])
+@pytest.mark.parametrize(
+  ("solver", "spacing"),
+  [("euler", "log_snr"), pytest.param("shark", "time", marks=pytest.mark.exhaustive)],
+)
 def test_exponential_form_is_the_process_of_x_over_alpha(x64, solver, spacing):
   """The same steps and noise on the process with alpha = 1 and sigma = r, up to the scale."""
   vp, law = make_sde("vp", **VP), diagonal([0.3, -0.2], [0.25, 1.5])

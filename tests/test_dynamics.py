@@ -8,7 +8,15 @@ import numpy as np
 import pytest
 from analytic import PAPER, diagonal, rotated
 
-from dynamics import SOLVERS, probability_flow, reverse_sde, solve, with_log_density
+from dynamics import (
+  SOLVERS,
+  in_noise_time,
+  noise_time,
+  probability_flow,
+  reverse_sde,
+  solve,
+  with_log_density,
+)
 from errors import ConfigError
 from sde_lib import make_sde
 
@@ -40,6 +48,23 @@ def test_solve_follows_the_closed_form_flow(x64, name):
   solution = solve(field, x, sde.t_min, sde.t_max, **TIGHT)
   expected = LAW.flow(sde, x, sde.t_min, sde.t_max)
   np.testing.assert_allclose(solution.state, expected, rtol=0, atol=1e-6 * sde.prior_std)
+
+
+@names
+def test_noise_time_follows_the_same_flow(x64, name):
+  """There and back; and every process takes the same time u for the same noise level."""
+  sde = make_sde(name)
+  x = jnp.asarray(np.random.default_rng(0).normal(size=(4, 3)))
+  field = in_noise_time(sde, probability_flow(sde, LAW.score_fn(sde)))
+  ends = noise_time(sde, sde.t_min), noise_time(sde, sde.t_max)
+  there = solve(field, x, *ends, **TIGHT)
+  expected = LAW.flow(sde, x, sde.t_min, sde.t_max)
+  np.testing.assert_allclose(there.state, expected, rtol=0, atol=1e-6 * sde.prior_std)
+  back = solve(field, there.state, *ends[::-1], **TIGHT)
+  np.testing.assert_allclose(back.state, x, rtol=0, atol=1e-6)
+  paper = PAPER[name]
+  ratio = paper.sigma(np.array([0.2, 0.7])) / paper.alpha(np.array([0.2, 0.7]))
+  np.testing.assert_allclose(0.3 * np.sinh(noise_time(sde, np.array([0.2, 0.7]))), ratio, rtol=1e-9)
 
 
 def test_labels_reach_the_score():
@@ -112,6 +137,26 @@ def test_rademacher_probes_are_unbiased(x64, shape):
   assert each.std() > 0.1
   mean = jax.jit(trace)(probes.reshape(-1, *shape))
   np.testing.assert_allclose([each.mean(), mean], np.trace(matrix), rtol=0, atol=1e-10)
+
+
+def test_each_estimate_has_its_own_log_density(x64):
+  """A state of m log-densities keeps the estimates apart; a number takes their mean."""
+  field, x = nonlinear((3,)), jnp.array([0.3, -1.0, 0.5])
+  probes = jnp.asarray(np.random.default_rng(2).choice([-1.0, 1.0], size=(4, 3)))
+  flow = jax.jit(lambda start: with_log_density(field, probes)(0.3, start, None)[1])
+  matrix = np.asarray(jacobian(field, x))
+  each = -np.einsum("pi,ij,pj->p", probes, matrix, probes)
+  np.testing.assert_allclose(flow((x, jnp.zeros(4))), each, rtol=1e-10)
+  np.testing.assert_allclose(flow((x, jnp.zeros(()))), each.mean(), rtol=1e-10)
+
+
+@pytest.mark.parametrize("count", [1, 5, None])
+def test_the_network_runs_once_for_all_probes(executions, count):
+  """Its primal pass is not repeated: not for probes, not for the chunks of the exact trace."""
+  probe = count and jnp.ones((count, 70))
+  flow = with_log_density(lambda t, x, args: jnp.tanh(executions.mark(x)), probe)
+  jax.jit(lambda x: flow(0.1, (x, jnp.zeros(count or 1)), None))(jnp.ones(70))
+  assert executions.count() == 1
 
 
 def test_density_of_a_linear_flow(x64):

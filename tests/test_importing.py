@@ -49,6 +49,7 @@ def test_an_imported_run_has_the_published_network_and_can_be_sampled(config, tm
   assert "no process.png" in capsys.readouterr().out  # these data cannot be loaded
 
 
+@pytest.mark.exhaustive
 def test_an_import_overwrites_nothing_and_names_what_is_missing(config, tmp_path):
   importing.run(config, tmp_path)
   with pytest.raises(ConfigError, match="overwrites nothing"):

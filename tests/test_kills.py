@@ -34,6 +34,7 @@ def half_saved(workdir):
   return any((workdir / "checkpoints").glob("*tmp*"))
 
 
+@pytest.mark.exhaustive
 def test_a_kill_in_the_first_save_costs_nothing_but_time(straight, tmp_path):
   workdir = tmp_path / "run"
   process = start(workdir, *TRAIN)

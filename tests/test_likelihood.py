@@ -8,8 +8,16 @@ from analytic import PAPER, Mixture, diagonal, rotated
 
 from data import Transform
 from errors import ConfigError
-from likelihood import DIVERGENCES, bits_per_dim, log_likelihood
-from sde_lib import example_keys, make_sde, marginal, prior_log_prob
+from likelihood import (
+  DIVERGENCES,
+  STARTS,
+  bits_per_dim,
+  decode,
+  encode,
+  log_likelihood,
+  start_offset,
+)
+from sde_lib import example_keys, fold_in, make_sde, marginal, normal, perturb, prior_log_prob
 
 names = pytest.mark.parametrize("name", PAPER)
 transforms = pytest.mark.parametrize(
@@ -33,9 +41,9 @@ def test_gaussian_log_prob_by_the_exact_trace(name):
   sde, law = make_sde(name), rotated([0.5, -0.2, 0.1], [0.1, 1.0, 2.0])
   x = law.sample(jax.random.key(0), 3)
   run = lambda x: log_likelihood(jax.random.key(1), sde, law.score_fn(sde), x, divergence="exact")
-  log_prob, latent, nfe = jax.jit(run)(x)
+  log_prob, latent, nfe, *_ = jax.jit(run)(x)
   exact_latent, exact = jax.jit(lambda x: model_log_prob(sde, law, x))(x)
-  np.testing.assert_allclose(log_prob, exact, rtol=0, atol=3e-4)
+  np.testing.assert_allclose(log_prob, exact, rtol=0, atol=1e-4)
   np.testing.assert_allclose(latent, exact_latent, rtol=1e-4, atol=1e-4)
   assert log_prob.shape == nfe.shape == (3,)
 
@@ -79,14 +87,14 @@ def test_mixture_log_prob_is_the_noised_density_at_t_min(batch):
   _, x, labels, result = batch
   sign = np.stack([np.ones(7), 1 - 2 * labels], axis=1).astype(np.float32)
   exact = jax.jit(TRIANGLE.log_prob)(sign * x, *marginal(SDE, SDE.t_min))
-  np.testing.assert_allclose(result.log_prob, exact, rtol=0, atol=2e-4)
+  np.testing.assert_allclose(result.log_prob, exact, rtol=0, atol=1e-4)
 
 
 def test_likelihoods_do_not_depend_on_batch_mates(batch):
   """Each example has its own steps; rounding may tip the acceptance of one (6 evaluations)."""
   keys, x, labels, result = batch
   alone = [exact_likelihood(*(a[i : i + 1] for a in (keys, x, labels))) for i in range(7)]
-  log_prob, latent, nfe = (np.concatenate(values) for values in zip(*alone))
+  log_prob, latent, nfe, *_ = (np.concatenate(values) for values in zip(*alone))
   np.testing.assert_allclose(result.log_prob, log_prob, rtol=1e-5, atol=1e-5)
   np.testing.assert_allclose(result.latent, latent, rtol=1e-5, atol=1e-5)
   assert np.abs(result.nfe - nfe).max() <= 6
@@ -95,9 +103,11 @@ def test_likelihoods_do_not_depend_on_batch_mates(batch):
 
 def test_a_failed_solve_is_nan_for_its_example_only(batch):
   keys, x, labels, result = batch
-  failed = exact_likelihood(keys, x.at[2].set(2e3), labels).log_prob
-  np.testing.assert_array_equal(np.isnan(failed), np.arange(7) == 2)
-  np.testing.assert_array_equal(np.delete(failed, 2), np.delete(result.log_prob, 2))
+  failed = exact_likelihood(keys, x.at[2].set(2e3), labels)
+  for name in ("log_prob", "prior", "divergence", "standard_error", "offset"):
+    value = getattr(failed, name)
+    np.testing.assert_array_equal(np.isnan(value), np.arange(7) == 2)
+    np.testing.assert_array_equal(np.delete(value, 2), np.delete(getattr(result, name), 2))
 
 
 def test_each_example_has_its_own_probes():
@@ -108,6 +118,112 @@ def test_each_example_has_its_own_probes():
   log_prob = run(keys)
   np.testing.assert_allclose(run(keys[::-1])[::-1], log_prob, rtol=1e-6)
   assert np.ptp(log_prob) > 0.1  # the two signs of the off-diagonal part
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_parts_add_up(divergence):
+  """log_prob = prior + divergence + offset; the error is 0 for the exact trace only."""
+  law, x = rotated([0.0] * 6, [0.1, 2.0, 1.0, 1.0, 0.4, 0.6]), jnp.ones((2, 6)) / 3
+  options = {"divergence": divergence, "num_probes": 6, "rtol": 1e-3, "atol": 1e-3}
+  run = lambda x: log_likelihood(jax.random.key(0), SDE, law.score_fn(SDE), x, **options)
+  result = jax.jit(run)(x)
+  np.testing.assert_allclose(result.prior, prior_log_prob(SDE, result.latent), rtol=1e-6)
+  total = result.prior + result.divergence + result.offset
+  np.testing.assert_allclose(result.log_prob, total, rtol=1e-6)
+  zero = divergence in ("exact", "orthogonal")  # as many orthogonal probes as dimensions
+  assert (result.standard_error < 1e-6).all() if zero else (result.standard_error > 1e-3).all()
+  np.testing.assert_array_equal(result.offset, np.zeros(2))
+
+
+SIGNS = jnp.array([[1.0], [-1.0]])  # mean 0, variance 1: exact for quadratics of a normal
+
+
+@names
+def test_start_offset_is_the_decoder_over_the_encoder(x64, name):
+  """Against the two densities, written out, with the score of a Gaussian."""
+  sde, law = make_sde(name), diagonal([0.5], [0.3])
+  x, (alpha, sigma) = jnp.array([[0.9], [-0.3]]), marginal(sde, sde.t_min)
+  x_t = perturb(sde, x, SIGNS, sde.t_min)
+  predicted = law.denoise(x_t, alpha, sigma)
+  density = lambda y, std: -0.5 * (y / std) ** 2 - jnp.log(std) - 0.5 * np.log(2 * np.pi)
+  direct = density(x - predicted, sigma / alpha) - density(x_t - alpha * x, sigma)
+  offset = start_offset(sde, law.score_fn(sde), x, x_t)
+  np.testing.assert_allclose(offset, direct[:, 0], rtol=1e-8, atol=1e-9)
+
+
+@pytest.mark.parametrize("name, t_min", [("vp", 1e-3), ("vp", 3e-2), ("ve", 0.0)])
+def test_corrected_start_bounds_the_density_of_the_data(x64, name, t_min):
+  """Its expectation is below log p(x), by less than sigma^2 / v; the mean of its exponential is the
+  density of data noised to t_min and decoded, of variance (alpha v)^2 / (alpha^2 v + sigma^2) +
+  (sigma / alpha)^2.
+  """
+  sde, law, x = make_sde(name, t_min=t_min), diagonal([0.5], [0.3]), jnp.array([[0.9]])
+  alpha, sigma = marginal(sde, sde.t_min)
+
+  def corrected(noise):
+    x_t = perturb(sde, x, noise, sde.t_min)
+    return law.log_prob(x_t, alpha, sigma) + start_offset(sde, law.score_fn(sde), x, x_t)
+
+  mean = np.mean([corrected(z[None])[0] for z in SIGNS])
+  gap = float(law.log_prob(x)[0] - mean)
+  assert 0 < gap < float(sigma**2 / 0.3)
+  nodes, weights = np.polynomial.hermite_e.hermegauss(60)
+  each = np.exp([float(corrected(jnp.array([[z]]))[0]) for z in nodes])
+  total = alpha**2 * 0.3 + sigma**2
+  variance = (alpha * 0.3) ** 2 / total + (sigma / alpha) ** 2
+  decoded = diagonal([0.5], [float(variance)]).log_prob(x)[0]
+  np.testing.assert_allclose(np.log(weights @ each / weights.sum()), decoded, rtol=1e-10)
+
+
+def test_a_perturbed_start_is_the_density_there_and_the_offset(x64):
+  """One evaluation more; the noise follows the example's key."""
+  sde, law = make_sde("vp", t_min=0.01), rotated([0.5, -0.2], [0.1, 2.0])
+  x, keys = law.sample(jax.random.key(3), 2), example_keys(jax.random.key(0), 2)
+  score_fn, options = law.score_fn(sde), {"divergence": "exact", "rtol": 1e-7, "atol": 1e-7}
+  run = lambda x, start: log_likelihood(keys, sde, score_fn, x, start=start, **options)
+  x_t = perturb(sde, x, normal(fold_in(keys, 1), x.shape), sde.t_min)
+  plain, result = jax.jit(lambda: (run(x_t, "none"), run(x, "perturb")))()
+  np.testing.assert_allclose(result.offset, start_offset(sde, score_fn, x, x_t), rtol=1e-10)
+  np.testing.assert_allclose(result.log_prob, plain.log_prob + result.offset, rtol=1e-10)
+  np.testing.assert_array_equal(result.nfe, plain.nfe + 1)
+  assert set(STARTS) == {"none", "perturb"}
+
+
+@pytest.fixture(scope="module")
+def latents():
+  """Seven points of two laws by label, encoded."""
+  x, labels = jnp.asarray(np.random.default_rng(0).normal(size=(7, 2))), jnp.arange(7) % 2
+  return x, labels, jax.jit(lambda x: encode(SDE, mirrored_score, x, labels=labels))(x)
+
+
+def test_decoding_undoes_encoding(latents, batch):
+  x, labels, (latent, nfe) = latents
+  back, _ = jax.jit(lambda z: decode(SDE, mirrored_score, z, labels=labels))(latent)
+  np.testing.assert_allclose(back, x, atol=2e-4)
+  np.testing.assert_allclose(latent, batch[-1].latent, atol=2e-4)
+  assert nfe.shape == (7,) and len(set(nfe.tolist())) > 1
+
+
+def test_encoding_fails_alone(latents):
+  x, labels, (latent, _) = latents
+  run = jax.jit(lambda x: encode(SDE, mirrored_score, x, labels=labels)[0])
+  failed = run(x.at[2].set(2e3))
+  np.testing.assert_array_equal(np.isnan(failed).all(1), np.arange(7) == 2)
+  np.testing.assert_array_equal(np.delete(failed, 2, 0), np.delete(latent, 2, 0))
+
+
+def test_encoding_whitens_a_gaussian():
+  """VP: the symmetric root of the inverse covariance, for the prior forgets the data."""
+  law = rotated([0.5, -0.2, 0.1], [0.1, 1.0, 2.0])
+  x = law.sample(jax.random.key(0), 4)
+  latent = jax.jit(lambda x: encode(SDE, law.score_fn(SDE), x)[0])(x)
+  white = ((x - law.mean) @ law.basis / jnp.sqrt(law.variances)) @ law.basis.T
+  np.testing.assert_allclose(latent, white, atol=0.02)
+
+
+def test_a_tolerance_below_the_resolution_is_refused():
+  with pytest.raises(ConfigError, match=r"likelihood.rtol = 1e-08"):
+    log_likelihood(jax.random.key(0), SDE, TRIANGLE.score_fn(SDE), jnp.zeros((1, 2)), rtol=1e-8)
 
 
 def test_unknown_divergence_lists_the_legal_ones():

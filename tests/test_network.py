@@ -51,7 +51,7 @@ def test_recomputing_blocks_keeps_less():
   assert remat < 0.7 * plain
 
 
-@pytest.mark.parametrize("remat", [False, True])
+@pytest.mark.parametrize("remat", [False, pytest.param(True, marks=pytest.mark.exhaustive)])
 def test_fixed_frequencies_are_told_from_trained_parameters(remat):
   model = ncsnpp.Model(nf=8, ch_mult=(1, 2), num_res_blocks=1, attn_resolutions=(4,), remat=remat)
   cost, blocks = network.measure(model, SHAPE)

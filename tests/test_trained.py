@@ -106,7 +106,7 @@ def test_a_training_tells_held_out_loss_per_level_and_the_frechet_distance(run):
 
 
 def test_continuous_data_have_a_log_density_and_no_bits(run):
-  record = jobs.run_likelihood(restored(run[0], likelihood__batch_size=20))
+  record = jobs.JOBS["likelihood"](restored(run[0], likelihood__batch_size=20))
   assert "bits_per_dim" not in record and record["num_examples"] == 20
-  assert record["log_density_nats"] < 0 and record["dequantization"] == "none"
+  assert record["log_density_nats"] < 0 and record["dequantization"].startswith("none")
   assert record["baseline_log_density_nats"] < 0

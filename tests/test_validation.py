@@ -142,6 +142,7 @@ def test_an_empty_interval_is_refused():
     run(config)
 
 
+@pytest.mark.exhaustive
 def test_validate_needs_no_run_and_may_change_a_saved_one(tmp_path):
   settings.save(tiny_config(), tmp_path)
   before = sorted(tmp_path.rglob("*"))

@@ -1,0 +1,287 @@
+"""The mode likelihood: bits/dim of every example of a split, block by block, so that a killed job
+goes on and any number of devices gives the same bits.
+"""
+
+import dataclasses
+import functools
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+from tqdm import tqdm
+
+import devices
+import settings
+from dequantization import DEQUANTIZATIONS, importance_bound
+from divergence import fit_control
+from errors import RunError
+from evaluation import figures, likelihood_study
+from evaluation.batches import keys_of, labels_of, spread
+from evaluation.mixture import mixture_log_prob
+from evaluation.records import SECTIONS
+from evaluation.trained import Job, training_examples
+from experiment import Experiment
+from likelihood import log_likelihood, variational_bound
+from parameterization import make_score_fn
+from sde_lib import SDE, fold_in, log_snr, time_of_log_snr
+
+Columns = dict[str, np.ndarray]
+LARGEST_MIXTURE = 512  # dimensions of an example
+# of the key of an example: its dequantization (or noise), and its probes; again for replicates
+DRAW, PROBE, REDRAW, REPROBE = range(4)
+
+
+def _exact(experiment: Experiment, params, control, draws, probes, k, labels) -> dict[str, Array]:
+  """The exact log-likelihood of one dequantized draw (or of continuous values)."""
+  options, sde = experiment.config.likelihood, experiment.sde
+  score_fn = make_score_fn(sde, experiment.noise_fn(params))
+  names = ("divergence", "num_probes", "solver", "rtol", "atol", "max_steps", "start")
+  x, log_q = k.astype(jnp.float32), jnp.zeros(len(k))
+  if experiment.transform.levels:
+    x, log_q = DEQUANTIZATIONS[options.dequantization](draws, sde, experiment.transform, k)
+  given = {"labels": experiment.labels(labels), "control": control}
+  result = log_likelihood(probes, sde, score_fn, x, **given, **{n: options[n] for n in names})
+  columns = {"log_weight": result.log_prob - log_q, "log_q": log_q, **result._asdict()}
+  return columns if options.save_latents else {k: v for k, v in columns.items() if k != "latent"}
+
+
+def _chain(sde: SDE, num_levels: int) -> SDE:
+  """The process as a chain: at its own levels, else at levels even in log-SNR."""
+  if sde.times is not None:
+    return sde
+  with jax.ensure_compile_time_eval():
+    ends = [log_snr(sde, t) for t in (sde.t_min, sde.t_max)]
+    times = np.asarray(time_of_log_snr(sde, jnp.linspace(*ends, num_levels)), np.float64)
+  return dataclasses.replace(sde, times=times)
+
+
+def _variational(experiment: Experiment, params, _, draws, probes, k, labels) -> dict[str, Array]:
+  """The variational bound of the chain, one draw of the noise at every level."""
+  options, sde = experiment.config.likelihood, experiment.sde
+  chain, transform = _chain(sde, options.num_levels), experiment.transform
+  bound = variational_bound(
+    draws,
+    chain,
+    experiment.noise_fn(params),
+    transform.forward(k),
+    variance=options.variance,
+    transform=transform if transform.levels else None,
+    labels=experiment.labels(labels),
+  )
+  terms = {"prior": bound.prior, "decoder": bound.terms[0], "terms": bound.terms.T}
+  return {"log_weight": -bound.total, "nfe": jnp.full(len(k), len(chain.times)), **terms}
+
+
+# likelihood.kind: (what is computed, how a result calls it)
+KINDS = {
+  "exact": (_exact, "exact (probability-flow ODE)"),
+  "variational": (_variational, "variational bound of the chain"),
+}
+
+
+class Blocks:
+  """Evaluates examples in blocks of `likelihood.batch_size`, each by a program of one device, so
+  that what a block gives depends on nothing but its examples, and keeps each in a file. Hosts and
+  devices share the blocks.
+  """
+
+  def __init__(self, job: Job, folder: Path):
+    self.experiment, self.folder = job.experiment, folder
+    self.options, self.key = job.experiment.config.likelihood, job.key("likelihood")
+    self.split = job.experiment.dataset.splits[self.options.split]
+    control = fit_control(training_examples(job)) if self.options.control else None
+    held, local = (devices.to_host(job.params), control), job.experiment.mesh.local_devices
+    self._held = [(device, jax.device_put(held, device)) for device in local]
+
+  @functools.cached_property
+  def _evaluate(self) -> Callable:
+    @jax.jit
+    def evaluate(held, *block):
+      with jax.default_matmul_precision("highest"):
+        return KINDS[self.options.kind][0](self.experiment, *held, *block)
+
+    return evaluate
+
+  def _call(self, rows: np.ndarray, folds: np.ndarray, device, held) -> dict[str, Array]:
+    """Columns of the examples `rows` whose keys are folded with `folds` [2, n], on their way."""
+    keys = keys_of(self.key, rows)
+    fold = jax.vmap(jax.random.fold_in)
+    draws, probes = (fold(keys, jnp.asarray(f)) for f in folds)
+    stored = np.asarray(self.split["image"][rows]), labels_of(self.split, rows)
+    return self._evaluate(held, *jax.device_put((draws, probes, *stored), device))
+
+  def evaluate(self, rows: np.ndarray, folds: np.ndarray, name: str) -> Columns:
+    """Columns [n, ...] of the examples `rows`; blocks that are in files are read, the others are
+    evaluated and written, whole or not at all.
+    """
+    size = self.options.batch_size
+    count = -(-len(rows) // size)
+    path = lambda block: self.folder / f"{name}_{block:05d}.npz"
+    devices.wait_for_all(f"blocks {name}")
+    missing = [block for block in range(count) if not path(block).is_file()]
+    missing = missing[jax.process_index() :: jax.process_count()]
+    options = {"desc": name, "unit": "block", "disable": devices.no_bar()}
+    with tqdm(total=count, initial=count - len(missing), **options) as bar:
+      for first in range(0, len(missing), len(self._held)):
+        on_their_way = []
+        for block, place in zip(missing[first:], self._held):
+          # the last block repeats its last example
+          positions = np.minimum(block * size + np.arange(size), len(rows) - 1)
+          on_their_way.append((block, self._call(rows[positions], folds[:, positions], *place)))
+        for block, columns in on_their_way:
+          valid = min(size, len(rows) - block * size)
+          _write_block(path(block), {n: c[:valid] for n, c in jax.device_get(columns).items()})
+          bar.update()
+    devices.wait_for_all(f"blocks {name} written")
+    blocks = [dict(np.load(path(block))) for block in range(count)]
+    return {n: np.concatenate([block[n] for block in blocks]) for n in blocks[0]}
+
+
+def _write_block(path: Path, columns: Columns) -> None:
+  path.parent.mkdir(parents=True, exist_ok=True)
+  temporary = path.with_suffix(".tmp")
+  with open(temporary, "wb") as file:
+    np.savez(file, **columns)
+  os.replace(temporary, path)
+
+
+class Uncertainty(NamedTuple):
+  """Variances of one evaluation of an example, from examples that were evaluated again."""
+
+  probes: float  # other probes
+  draws: float  # other dequantization (or noise of the chain), beyond the probes
+
+
+def _replicate(blocks: Blocks, rows: np.ndarray, first: np.ndarray) -> Uncertainty:
+  """Evaluates half a block of examples with other probes, and with other draws and probes.
+
+  Args:
+    rows, first: [n] the examples, and log_weight of their first evaluation.
+  """
+  picked = spread(len(rows), max(1, blocks.options.batch_size // 2))
+  count = len(picked)
+  folds = np.array([[DRAW] * count + [REDRAW] * count, [REPROBE] * 2 * count])
+  again = blocks.evaluate(np.tile(rows[picked], 2), folds, "replicates")["log_weight"]
+  differences = again.reshape(2, count).astype(np.float64) - first[picked]
+  same, both = (0.5 * np.nanmean(d[np.isfinite(d)] ** 2) for d in differences)
+  return Uncertainty(same, max(0.0, both - same))
+
+
+def _standard_errors(values: np.ndarray, one: Uncertainty, num_draws: int) -> dict[str, float]:
+  """That of the mean of the values, and its parts: the choice of examples, draws, probes."""
+  n = len(values)
+  total = values.std(ddof=1) ** 2 / n
+  probes, draws = (variance / num_draws / n for variance in one)
+  parts = {
+    "standard_error": total,
+    "standard_error_examples": max(0.0, total - probes - draws),
+    "standard_error_draws": draws,
+    "standard_error_probes": probes,
+  }
+  return {name: float(np.sqrt(value)) for name, value in parts.items()}
+
+
+def _draw(blocks: Blocks, rows: np.ndarray, number: int) -> Columns:
+  """The columns of every example for one draw of its dequantization."""
+  folds = np.array([[DRAW], [PROBE]]) + 4 * number  # 4 folds to a draw
+  return blocks.evaluate(rows, np.repeat(folds, len(rows), 1), f"draw{number}")
+
+
+def _check_failures(ok: np.ndarray, rows: np.ndarray, options) -> None:
+  """Says which examples failed; it is an error if all did."""
+  if ok.all():
+    return
+  failed = rows[~ok]
+  text = (
+    f"{len(failed)} of {len(rows)} solves failed (examples {failed[:10].tolist()}"
+    f"{' ...' if len(failed) > 10 else ''}): not finite, or more than likelihood.max_steps = "
+    f"{options.max_steps}.\n  mend:  raise likelihood.max_steps or likelihood.rtol ({options.rtol})"
+  )
+  if not ok.any():
+    raise RunError(text)
+  print(f"warning: {text}\n  the result is that of the other {ok.sum()}", flush=True)
+
+
+def _description(experiment: Experiment) -> dict[str, Any]:
+  """What the number is and how it was made."""
+  options = experiment.config.likelihood
+  shared = {name: options[name] for name in ("split", "num_draws", "batch_size", "seed")}
+  about = {"kind": KINDS[options.kind][1], "t_min": experiment.sde.t_min, **shared}
+  if options.kind == "variational":
+    chain = _chain(experiment.sde, options.num_levels)
+    levels = {"num_levels": len(chain.times), "variance": options.variance}
+    return about | levels | {"dequantization": "none: discretized decoder"}
+  names = ("divergence", "num_probes", "control", "start", "solver", "rtol", "atol", "max_steps")
+  law = options.dequantization if experiment.transform.levels else "none: continuous values"
+  return about | {name: options[name] for name in names} | {"dequantization": law}
+
+
+def _comparison(name: str, values: np.ndarray, baseline: np.ndarray) -> dict[str, Any]:
+  """The baseline beside the values of the same examples."""
+  error = lambda x: float(x.std(ddof=1) / np.sqrt(len(x)))
+  return {
+    f"baseline_{name}": baseline.mean(),
+    "baseline_standard_error": error(baseline),
+    "baseline": "Gaussian mixture, 10 full-covariance components, dequantized training split",
+    "gain_standard_error": error(values - baseline),
+  }
+
+
+def _baseline(job: Job, blocks: Blocks, rows: np.ndarray) -> np.ndarray:
+  """log p - log q of the Gaussian mixture on the same values, uniformly dequantized."""
+  transform, d = job.experiment.transform, job.experiment.num_dims
+  keys = fold_in(keys_of(blocks.key, rows), DRAW)
+  x = np.asarray(transform.dequantize(keys, jnp.asarray(blocks.split["image"][rows])))
+  offset = d * np.log(transform.bin_width) if transform.levels else 0.0
+  return mixture_log_prob(training_examples(job), x) + offset
+
+
+def run(job: Job) -> dict[str, Any]:
+  """Bits/dim of a split (of continuous values the log-density in nats), each example once, with its
+  standard error and what it is made of; a table, a histogram, and the baseline's.
+  """
+  options, experiment = job.experiment.config.likelihood, job.experiment
+  if options.check:
+    likelihood_study.run(job)
+  begin, transform = time.perf_counter(), job.experiment.transform
+  digest = settings.digest(experiment.config, SECTIONS["likelihood"])
+  blocks = Blocks(job, job.workdir / "results" / f"likelihood-step{job.step}-{digest}")
+  total = len(blocks.split["image"])
+  rows = spread(total, options.num_examples or total)
+  draws = [_draw(blocks, rows, number) for number in range(options.num_draws)]
+  weights = np.stack([draw["log_weight"] for draw in draws]).astype(np.float64)
+  log_p = np.asarray(importance_bound(jnp.asarray(weights)), np.float64)
+  ok = np.isfinite(log_p)
+  _check_failures(ok, rows, options)
+  scale = -1 / (experiment.num_dims * np.log(2)) if transform.levels else 1.0
+  name = "bits_per_dim" if transform.levels else "log_density_nats"
+  values, one = scale * log_p[ok], _replicate(blocks, rows, weights[0])
+  one = Uncertainty(*(scale**2 * variance for variance in one))
+  nfe = np.stack([draw["nfe"] for draw in draws])[:, ok]
+  table = {"index": rows, name: scale * log_p, **draws[0]}
+  result = {
+    name: values.mean(),
+    **_standard_errors(values, one, options.num_draws),
+    "num_examples": len(values),
+    "num_failed": int((~ok).sum()),
+    **_description(experiment),
+    **{f"nfe_{f}": float(getattr(np, f)(nfe)) for f in ("mean", "min", "max")},
+  }
+  if experiment.num_dims <= LARGEST_MIXTURE:
+    baseline = scale * _baseline(job, blocks, rows)[ok]
+    table[f"baseline_{name}"] = np.full(len(rows), np.nan)
+    table[f"baseline_{name}"][ok] = baseline
+    result |= _comparison(name, values, baseline)
+  seconds = time.perf_counter() - begin
+  if devices.is_first():
+    np.savez_compressed(job.workdir / "results" / "likelihood.npz", **table)
+    images = np.asarray(transform.forward(jnp.asarray(blocks.split["image"][rows[ok]])))
+    path = job.workdir / "results" / "likelihood.png"
+    figures.save_likelihood(path, values, name, images, transform)
+  return job.write("likelihood", seconds, result)
