@@ -12,7 +12,9 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from jaxtyping import install_import_hook  # noqa: E402
 
 CHECKED = "errors sde_lib parameterization dynamics losses sampling likelihood data models binomial"
-CHECKED += " checkpoint_import checkpoint_formats augment bounds data_sources divergence dequantization"
+CHECKED += (
+  " checkpoint_import checkpoint_formats augment bounds data_sources divergence dequantization"
+)
 install_import_hook(CHECKED.split(), "beartype.beartype")
 
 import jax  # noqa: E402

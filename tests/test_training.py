@@ -166,6 +166,51 @@ def first_leaf(state):
   return np.asarray(jax.tree.leaves(state.params)[-1])
 
 
+CHAIN = {"sde": {"name": "ddpm", "args": {"num_steps": 20}}, "training__dequantize": False}
+DIGITS = {"data__name": "digits", "data__dir": "runs/data"}
+TRAININGS = {
+  "score_matching": (toy_config, {"loss__objective": "score_matching"}),
+  "sliced": (toy_config, {"loss__objective": "sliced_vr", "loss__weighting": "sigmoid"}),
+  "edm": (toy_config, {"loss__weighting": "edm", "loss__time_sampler": "log_normal"}),
+  "vlb": (
+    toy_config,
+    CHAIN | DIGITS | {"loss__objective": "vlb", "loss__time_sampler": "loss_second_moment"},
+  ),
+  "hybrid": (
+    tiny_config,
+    CHAIN
+    | {
+      "loss__objective": "hybrid",
+      "data__flip": True,
+      "loss__time_sampler": "levels",
+      "model__args": {"learned_variance": True},
+    },
+  ),
+  "augmented": (
+    tiny_config,
+    {"data__augment": 0.5, "model__args": {"augment_dim": 9}, "loss__weighting": "min_snr"},
+  ),
+}
+
+
+@pytest.mark.parametrize("name", TRAININGS)
+def test_what_a_configuration_can_ask_for_trains(name):
+  make, changes = TRAININGS[name]
+  if "sde" in changes:
+    changes = dict(changes)
+    process = changes.pop("sde")
+  else:
+    process = None
+  config = make(**changes, parameterization__c_noise="log_snr")
+  if process:
+    with config.unlocked():
+      config.sde = process
+  states = []
+  _, seen, _ = run_steps(config, mesh_of(2), 3, each=lambda s: states.append(jax.device_get(s)))
+  assert np.isfinite(seen).all()
+  assert not np.array_equal(first_leaf(states[0]), first_leaf(states[3]))
+
+
 def test_a_network_in_bfloat16_has_a_state_in_float32(one_device):
   state, seen, _ = run_steps(toy_config(model__args__dtype="bfloat16"), mesh_of(1), 3)
   floats = [x for x in jax.tree.leaves(state) if jnp.issubdtype(x.dtype, jnp.floating)]
