@@ -21,6 +21,14 @@ def average(index: int) -> str:
   return f"ema{index}"
 
 
+def complete_steps(directory: Path) -> list[int]:
+  """The steps of the checkpoints below `directory`, in order, also while another process writes
+  there. A half-deleted step has lost its commit file: not counted.
+  """
+  commits = directory.glob("*/commit_success.txt")
+  return sorted(int(path.parent.name) for path in commits if path.parent.name.isdigit())
+
+
 class Checkpoints:
   """The checkpoints of a run below `directory`: the train state, and each average of the parameters
   as an item of its own.
@@ -45,9 +53,8 @@ class Checkpoints:
     )
 
   def steps(self) -> list[int]:
-    """The complete steps. A half-deleted step has lost its commit file: not counted."""
-    steps = self._manager.all_steps(read=True) if self.directory.is_dir() else []
-    return sorted(s for s in steps if (self.directory / str(s) / "commit_success.txt").exists())
+    """The complete steps."""
+    return complete_steps(self.directory)
 
   def latest(self) -> int | None:
     """The newest complete step, None without one."""

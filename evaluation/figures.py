@@ -97,8 +97,9 @@ def save_likelihood(
 ) -> None:
   """The histogram of the examples' values and, of images, those of the lowest and the highest."""
   images = x.ndim == 4
-  rows, height = (3, 7) if images else (1, 4)
-  figure, axes = plt.subplots(rows, 1, figsize=(8, height), squeeze=False)
+  heights = [2, 1, 1] if images else [2]
+  options = {"height_ratios": heights, "squeeze": False}
+  figure, axes = plt.subplots(len(heights), 1, figsize=(8, 1.4 * sum(heights)), **options)
   axis, label = axes[0, 0], name.replace("_", " ")
   axis.hist(values, bins=min(50, max(10, len(values) // 10)), color="tab:blue", alpha=0.8)
   axis.axvline(values.mean(), color="black", linewidth=1)

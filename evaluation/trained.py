@@ -21,7 +21,7 @@ import run_control
 import run_log
 import settings
 import training
-from checkpoint import Checkpoints, average
+from checkpoint import Checkpoints, average, complete_steps
 from errors import check
 from evaluation import figures, network
 from evaluation.batches import draw_samples, keys_of, spread
@@ -91,15 +91,15 @@ def start(config: ConfigDict, workdir: Path, *, train: bool) -> Job:
   """Builds and checks everything, then trains, or restores the newest averaged parameters of the
   workdir.
   """
-  saved = _read_spec(workdir)
+  saved, folder = _read_spec(workdir), workdir / "checkpoints"
   experiment = build(config, None if train else saved)
-  with Checkpoints(workdir / "checkpoints", read_only=True) as checkpoints:
-    step = checkpoints.latest()
-    if not train:
-      mend = f"train first: python main.py --mode=train --workdir={workdir}"
-      check(step is not None, "--workdir", str(workdir), "a folder with a checkpoint", mend)
+  step = max(complete_steps(folder), default=None)
+  if not train:
+    mend = f"train first: python main.py --mode=train --workdir={workdir}"
+    check(step is not None, "--workdir", str(workdir), "a folder with a checkpoint", mend)
+    with Checkpoints(folder, read_only=True) as checkpoints:
       params = _restore(experiment, checkpoints, step, workdir)
-      return Job(experiment, params, step, workdir)
+    return Job(experiment, params, step, workdir)
   total, spec = config.training.num_steps, experiment.spec
   legal, mend = f"{step} or more: so far {workdir} was trained", "choose another --workdir"
   check((step or 0) <= total, "training.num_steps", total, legal, mend)

@@ -71,7 +71,7 @@ def test_every_example_is_there_once_with_its_parts(job, straight):
   assert (workdir / "results" / "likelihood.png").is_file()
 
 
-@pytest.mark.parametrize("num_devices", [2, 4])
+@pytest.mark.parametrize("num_devices", [4, pytest.param(2, marks=pytest.mark.exhaustive)])
 def test_the_number_of_devices_changes_no_bit(job, straight, tmp_path, num_devices):
   record = bits_per_dim.run(with_options(job, tmp_path, num_devices))
   assert_same(straight[1], table_of(tmp_path))
@@ -120,6 +120,7 @@ def test_it_is_an_error_if_all_fail(job, tmp_path):
     bits_per_dim.run(with_options(job, tmp_path, max_steps=1))
 
 
+@pytest.mark.exhaustive
 def test_several_draws_tighten_the_bound(job, straight, tmp_path):
   record = bits_per_dim.run(with_options(job, tmp_path, num_draws=3))
   assert record["bits_per_dim"] < straight[0]["bits_per_dim"]

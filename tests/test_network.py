@@ -45,6 +45,7 @@ def test_the_largest_batch_fits_beside_the_state(memory, batch):
   assert network.largest_batch(memory, 100, 10) == batch
 
 
+@pytest.mark.exhaustive
 def test_recomputing_blocks_keeps_less():
   args = {"nf": 8, "ch_mult": (1, 2), "num_res_blocks": 1, "attn_resolutions": ()}
   plain, remat = (network.activations(ddpm.Model(remat=r, **args), SHAPE) for r in (False, True))
@@ -93,6 +94,7 @@ def test_blocks_of_the_published_networks(name, residual, attention):
   assert blocks.get("RefineBlocks") == (None if attention else "4")
 
 
+@pytest.mark.exhaustive
 def test_other_networks_have_totals_or_nothing():
   assert blocks_of(ncsn.Model(nf=8, num_scales=2), 8) == {
     "residual blocks": "8",
@@ -103,6 +105,7 @@ def test_other_networks_have_totals_or_nothing():
   assert network.measure(narrow, (8, 8, 3))[0].flops > 0
 
 
+@pytest.mark.exhaustive
 def test_inspect_of_data_that_are_not_there_tells_the_rest(capsys):
   inspection.run(load_config_file("configs/ddpm/cifar10.py"))
   text = capsys.readouterr().out

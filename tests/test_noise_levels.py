@@ -221,6 +221,7 @@ def test_few_dimensions_have_no_levels():
   }
 
 
+@pytest.mark.exhaustive
 def test_inspect_needs_no_run_and_leaves_none(tmp_path):
   code, output = call("--mode=inspect", f"--workdir={tmp_path / 'none'}")
   assert code == 0 and "--config.parameterization.sigma_data=0.707" in output, output

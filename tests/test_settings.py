@@ -77,7 +77,9 @@ def test_right_arguments_pass():
     ({"optimizer__learning_rate": -1.0}, ["optimizer.learning_rate", "-1.0", "above 0"]),
     ({"training__num_steps": 0}, ["training.num_steps", "0", "above 0"]),
     ({"training__batch_size": 6}, ["training.batch_size", "6", "4 devices", "4 or 8"]),
-    ({"likelihood__batch_size": 7}, ["likelihood.batch_size", "4 devices"]),
+    ({"sampling__batch_size": 7}, ["sampling.batch_size", "4 devices"]),
+    ({"likelihood__kind": "bound"}, ["likelihood.kind", "'exact', 'variational'"]),
+    ({"likelihood__dequantization": "x"}, ["likelihood.dequantization", "'truncated_normal'"]),
     ({"sampling__sampler": "ddpm"}, ["sampling.sampler", "'ancestral'"]),
     ({"sampling__options__ancestral__variance": "big"}, ["variance", "'posterior'"]),
     (

@@ -32,6 +32,13 @@ def experiment():
   return build(toy_config())
 
 
+def some(table, *names):
+  """The names of the table; those not given are for the exhaustive run."""
+  return [
+    name if name in names else pytest.param(name, marks=pytest.mark.exhaustive) for name in table
+  ]
+
+
 def mesh_of(num_devices, fsdp=1):
   return devices.make_mesh(fsdp, jax.devices()[:num_devices])
 
@@ -76,14 +83,18 @@ def one_device():
   return run_steps(tiny_config(), mesh_of(1), 50)
 
 
-@pytest.mark.parametrize("num_devices, fsdp", [(2, 1), (4, 1), (4, 2)])
+@pytest.mark.parametrize(
+  "num_devices, fsdp", [(4, 1), (4, 2), pytest.param(2, 1, marks=pytest.mark.exhaustive)]
+)
 def test_devices_change_nothing_but_rounding(monkeypatch, one_device, num_devices, fsdp):
   monkeypatch.setattr(devices, "SMALLEST_SHARDED", 16)
   _, seen, _ = run_steps(tiny_config(), mesh_of(num_devices, fsdp), 50)
   np.testing.assert_allclose(seen, one_device[1], rtol=1e-5)
 
 
-@pytest.mark.parametrize("num_devices, num_parts", [(1, 4), (2, 2)])
+@pytest.mark.parametrize(
+  "num_devices, num_parts", [(2, 2), pytest.param(1, 4, marks=pytest.mark.exhaustive)]
+)
 def test_parts_of_a_batch_change_nothing_but_rounding(one_device, num_devices, num_parts):
   _, seen, _ = run_steps(tiny_config(), mesh_of(num_devices), 20, num_parts)
   np.testing.assert_allclose(seen, one_device[1][:20], rtol=1e-5)
@@ -193,7 +204,7 @@ TRAININGS = {
 }
 
 
-@pytest.mark.parametrize("name", TRAININGS)
+@pytest.mark.parametrize("name", some(TRAININGS, "vlb", "hybrid"))
 def test_what_a_configuration_can_ask_for_trains(name):
   make, changes = TRAININGS[name]
   if "sde" in changes:
@@ -263,7 +274,7 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("name", some(OPTIONS, "plain", "averages"))
 def test_a_killed_run_resumes_bit_for_bit(tmp_path, capsys, name):
   experiment = build(toy_config(**OPTIONS[name], training__num_steps=8))
   straight = jax.device_get(train(experiment, tmp_path / "straight"))
