@@ -39,17 +39,17 @@ def test_frechet_distance_of_a_set_to_itself_is_zero_in_any_order():
   assert abs(sample_frechet_distance(x, x[::-1])) < 1e-9
 
 
-tests = pytest.mark.parametrize("test", [energy_test, frechet_test])
+both_tests = pytest.mark.parametrize("test", [energy_test, frechet_test])
 
 
-@tests
+@both_tests
 def test_two_sample_tests_tell_laws_apart_and_accept_equal_ones(test):
   x, y = RNG.normal(size=(2, 150, 4))
   assert test(x, y)[1] > 0.05
   assert test(x, y + 0.5)[1] < 0.01
 
 
-@tests
+@both_tests
 def test_two_sample_tests_reject_equal_laws_as_often_as_they_say(test):
   """40 tests at the level 0.2: 8 rejections, within 3 standard errors."""
   p = [test(*RNG.normal(size=(2, 30, 2)), num_permutations=50)[1] for _ in range(40)]
