@@ -204,7 +204,7 @@ TRAININGS = {
 }
 
 
-@pytest.mark.parametrize("name", some(TRAININGS, "vlb", "hybrid"))
+@pytest.mark.parametrize("name", some(TRAININGS, "vlb"))
 def test_what_a_configuration_can_ask_for_trains(name):
   make, changes = TRAININGS[name]
   if "sde" in changes:
