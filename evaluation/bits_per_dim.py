@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 import devices
 import settings
-from dequantization import DEQUANTIZATIONS, importance_bound
+from dequantization import DEQUANTIZATIONS, importance_bound, matched_time
 from divergence import fit_control
 from errors import RunError
 from evaluation import figures, likelihood_study
@@ -51,11 +51,18 @@ def _exact(experiment: Experiment, params, control, draws, probes, k, labels) ->
   return columns if options.save_latents else {k: v for k, v in columns.items() if k != "latent"}
 
 
-def _chain(sde: SDE, num_levels: int) -> SDE:
-  """The process as a chain: at its own levels, else at levels even in log-SNR."""
+def _chain(experiment: Experiment) -> SDE:
+  """The process as a chain: at its own levels, else at levels even in log-SNR. A network trained on
+  dequantized values knows no noise far below a bin: there the chain ends where half a bin is two
+  standard deviations.
+  """
+  sde, num_levels = experiment.sde, experiment.config.likelihood.num_levels
   if sde.times is not None:
     return sde
   with jax.ensure_compile_time_eval():
+    if experiment.transform.levels and experiment.config.training.dequantize:
+      t_min = max(sde.t_min, matched_time(sde, experiment.transform, bound=2.0))
+      sde = dataclasses.replace(sde, t_min=t_min)
     ends = [log_snr(sde, t) for t in (sde.t_min, sde.t_max)]
     times = np.asarray(time_of_log_snr(sde, jnp.linspace(*ends, num_levels)), np.float64)
   return dataclasses.replace(sde, times=times)
@@ -63,8 +70,8 @@ def _chain(sde: SDE, num_levels: int) -> SDE:
 
 def _variational(experiment: Experiment, params, _, draws, probes, k, labels) -> dict[str, Array]:
   """The variational bound of the chain, one draw of the noise at every level."""
-  options, sde = experiment.config.likelihood, experiment.sde
-  chain, transform = _chain(sde, options.num_levels), experiment.transform
+  options = experiment.config.likelihood
+  chain, transform = _chain(experiment), experiment.transform
   bound = variational_bound(
     draws,
     chain,
@@ -214,8 +221,9 @@ def _description(experiment: Experiment) -> dict[str, Any]:
   shared = {name: options[name] for name in ("split", "num_draws", "batch_size", "seed")}
   about = {"kind": KINDS[options.kind][1], "t_min": experiment.sde.t_min, **shared}
   if options.kind == "variational":
-    chain = _chain(experiment.sde, options.num_levels)
-    levels = {"num_levels": len(chain.times), "variance": options.variance}
+    chain = _chain(experiment)
+    levels = {"num_levels": len(chain.times), "lowest_level": float(chain.times[0])}
+    levels["variance"] = options.variance
     return about | levels | {"dequantization": "none: discretized decoder"}
   names = ("divergence", "num_probes", "control", "start", "solver", "rtol", "atol", "max_steps")
   law = options.dequantization if experiment.transform.levels else "none: continuous values"
