@@ -125,8 +125,10 @@ def level_term(
 
 
 def prior_term(sde: SDE, x0: Float[Array, "b *d"]) -> Float[Array, " b"]:
-  """L_T = KL(q(x_T | x_0) || N(0, prior_std^2)) of each example (Ho et al. 2020, eq. 5)."""
-  alpha, sigma = marginal(sde, level_times(sde)[-1])
+  """L_T = KL(q(x_T | x_0) || N(0, prior_std^2)) of each example at the last level, in continuous
+  time at t_max (Ho et al. 2020, eq. 5).
+  """
+  alpha, sigma = marginal(sde, sde.t_max if sde.times is None else level_times(sde)[-1])
   return sum_dims(_divergence(jnp.log(sde.prior_std / sigma), alpha * x0 / sde.prior_std))
 
 

@@ -29,6 +29,11 @@ def complete_steps(directory: Path) -> list[int]:
   return sorted(int(path.parent.name) for path in commits if path.parent.name.isdigit())
 
 
+def _first_line(error: Exception) -> str:
+  """What an error says, in short: those of the storage go on for pages."""
+  return str(error).splitlines()[0][:300] if str(error) else type(error).__name__
+
+
 class Checkpoints:
   """The checkpoints of a run below `directory`: the train state, and each average of the parameters
   as an item of its own.
@@ -116,13 +121,12 @@ class Checkpoints:
       args = ocp.args.Composite(**{item: ocp.args.StandardRestore(abstract)})
       return self._manager.restore(step, args=args)[item]
     except Exception as error:  # a damaged file can raise anything
-      first = str(error).splitlines()[0] if str(error) else type(error).__name__
-      raise RunError(f"checkpoint {self.directory}/{step} cannot be read: {first}") from error
+      reason = _first_line(error)
+      raise RunError(f"checkpoint {self.directory}/{step} cannot be read: {reason}") from error
 
   def _unwritten(self, error: Exception) -> RunError:
-    reason = str(error).splitlines()[0][:300] if str(error) else type(error).__name__
     return RunError(
-      f"a checkpoint could not be written below {self.directory}: {reason}\n"
+      f"a checkpoint could not be written below {self.directory}: {_first_line(error)}\n"
       f"  kept:  the checkpoints of the steps {', '.join(map(str, self.steps())) or 'none'}\n"
       "  mend:  make room there; the same command goes on from the newest of them"
     )

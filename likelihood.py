@@ -141,12 +141,6 @@ def log_likelihood(
   return LogLikelihood(total, latent, nfe + extra, *rest)
 
 
-def _prior_divergence(sde, x):
-  """KL(q(x_T | x) || prior) at t_max."""
-  alpha, sigma = (c / sde.prior_std for c in marginal(sde, sde.t_max))
-  return sum_dims(0.5 * ((alpha * x) ** 2 + sigma**2 - 1) - jnp.log(sigma))
-
-
 def continuous_bound(
   key: Keys,
   sde: SDE,
@@ -165,10 +159,22 @@ def continuous_bound(
   alpha, sigma = marginal(sde, sde.t_min)
   misfit = noise_error(fold_in(keys, 1), sde, noise_fn, x, sde.t_min, labels)
   decoder = 0.5 * misfit + x[0].size * jnp.log(sigma / alpha * jnp.sqrt(2 * jnp.pi))
-  return _prior_divergence(sde, x) + (sde.t_max - sde.t_min) * loss + decoder
+  return prior_term(sde, x) + (sde.t_max - sde.t_min) * loss + decoder
 
 
-def _transport(sde, score_fn, x, labels, decode, **options):
+def _transport(
+  sde: SDE,
+  score_fn: ScoreFn,
+  x: Float[Array, "b *d"],
+  *,
+  decode: bool,
+  rtol: float = 1e-5,
+  atol: float = 1e-5,
+  solver: str = "tsit5",
+  max_steps: int = 1000,
+  labels: Int[Array, " b"] | None = None,
+) -> tuple[Float[Array, "b *d"], Int[Array, " b"]]:
+  options = {"solver": solver, "rtol": rtol, "atol": atol, "max_steps": max_steps}
   flow_of = lambda field, x: (field, x)
   solution = _solve_each(sde, score_fn, flow_of, (x,), labels, decode=decode, **options)
   ok = solution.ok.reshape(-1, *[1] * (x.ndim - 1))
@@ -176,39 +182,22 @@ def _transport(sde, score_fn, x, labels, decode, **options):
 
 
 def encode(
-  sde: SDE,
-  score_fn: ScoreFn,
-  x: Float[Array, "b *d"],
-  *,
-  rtol: float = 1e-5,
-  atol: float = 1e-5,
-  solver: str = "tsit5",
-  max_steps: int = 1000,
-  labels: Int[Array, " b"] | None = None,
+  sde: SDE, score_fn: ScoreFn, x: Float[Array, "b *d"], **options
 ) -> tuple[Float[Array, "b *d"], Int[Array, " b"]]:
   """The latent at t_max of each x at t_min by the probability flow, and its network evaluations
   (Song et al. 2021, section 4.3); NaN where the solve failed. Each example has its own steps.
 
-  Points between two latents: `sampling.interpolate`.
+  `options`: rtol, atol, solver, max_steps and labels, as of `log_likelihood`. Points between two
+  latents: `sampling.interpolate`.
   """
-  options = {"solver": solver, "rtol": rtol, "atol": atol, "max_steps": max_steps}
-  return _transport(sde, score_fn, x, labels, False, **options)
+  return _transport(sde, score_fn, x, decode=False, **options)
 
 
 def decode(
-  sde: SDE,
-  score_fn: ScoreFn,
-  latent: Float[Array, "b *d"],
-  *,
-  rtol: float = 1e-5,
-  atol: float = 1e-5,
-  solver: str = "tsit5",
-  max_steps: int = 1000,
-  labels: Int[Array, " b"] | None = None,
+  sde: SDE, score_fn: ScoreFn, latent: Float[Array, "b *d"], **options
 ) -> tuple[Float[Array, "b *d"], Int[Array, " b"]]:
-  """The inverse of `encode`, of the same arguments: x at t_min of each latent."""
-  options = {"solver": solver, "rtol": rtol, "atol": atol, "max_steps": max_steps}
-  return _transport(sde, score_fn, latent, labels, True, **options)
+  """The inverse of `encode`, of the same options: x at t_min of each latent."""
+  return _transport(sde, score_fn, latent, decode=True, **options)
 
 
 def bits_per_dim(

@@ -107,7 +107,7 @@ class Progress:
 
   def __init__(self, start: int, training: ConfigDict, num_devices: int, flops_per_image: float):
     self._num_devices = num_devices
-    self._total, self._batch_size, self._from = training.num_steps, training.batch_size, start
+    self._total, self._batch_size = training.num_steps, training.batch_size
     peak = peak_flops(training.peak_tflops) * num_devices
     self._utilisation = flops_per_image / peak if peak else 0.0
     total, off = self._total, devices.no_bar()

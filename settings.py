@@ -3,11 +3,13 @@ between them.
 """
 
 import ast
+import contextlib
 import difflib
 import hashlib
 import importlib.util
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -151,11 +153,18 @@ def read(workdir: Path) -> ConfigDict | None:
     ) from error
 
 
+@contextlib.contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+  """A temporary path beside `path`, which takes its place at the end: whole or not at all."""
+  temporary = path.with_name(path.name + ".tmp")
+  yield temporary
+  os.replace(temporary, path)
+
+
 def write_text(path: Path, text: str) -> None:
   """Writes a file whole or not at all."""
-  temporary = path.with_name(path.name + ".tmp")
-  temporary.write_text(text)
-  os.replace(temporary, path)
+  with written_whole(path) as temporary:
+    temporary.write_text(text)
 
 
 def save(config: ConfigDict, workdir: Path) -> None:

@@ -105,15 +105,21 @@ def _bound(table: dict, settings: ml_collections.ConfigDict, field: str, **given
   )
 
 
-def make_loss(sde: SDE, model: nn.Module, config: ml_collections.ConfigDict) -> Callable:
+def make_loss(
+  sde: SDE,
+  model: nn.Module,
+  config: ml_collections.ConfigDict,
+  transform: data.Transform | None = None,
+) -> Callable:
   """(params, key, batch, first, total, history) -> (mean loss per dimension, (t [b], loss [b])) of
   this part of a global batch.
 
   The part starts at position `first` of `total`; `key` is the step's, the same on all devices;
-  `history` is what the time sampler "loss_second_moment" learns from the pairs.
+  `history` is what the time sampler "loss_second_moment" learns from the pairs. The transform is
+  that of the data set; None asks what `config.data` declares, which may read its folder.
   """
   settings = config.loss
-  transform = data.transform_of(data.declared(config.data), config.data.centered)
+  transform = transform or data.transform_of(data.declared(config.data), config.data.centered)
   weighting = _bound(losses.WEIGHTINGS, settings, "weighting")
   objective = _bound(losses.OBJECTIVES, settings, "objective", transform=transform)
 
@@ -225,6 +231,7 @@ def make_train_step(
   config: ml_collections.ConfigDict,
   mesh: Mesh,
   num_parts: int = 1,
+  transform: data.Transform | None = None,
 ) -> Callable:
   """(state, batches) -> (state, metrics), jitted, its gradients mapped over the mesh, donating.
 
@@ -234,9 +241,9 @@ def make_train_step(
   changes nothing but rounding; only dropout masks are drawn per part.
 
   The optimizer works outside of the mapped function: it may need the norm of all gradients, which
-  `fsdp` splits.
+  `fsdp` splits. `transform` is for `make_loss`.
   """
-  loss_fn, schedule = make_loss(sde, model, config), learning_rate(config)
+  loss_fn, schedule = make_loss(sde, model, config, transform), learning_rate(config)
 
   def one_step(state: TrainState, batch):
     key = jax.random.fold_in(jax.random.key(config.seed), state.step)
@@ -423,7 +430,8 @@ def train(
     stop, profiler = enter(Stop()), Profiler(workdir, start, settings)
     batches = _batches(config, dataset.splits["train"], start, mesh)
     first = next(batches)
-    make_step = functools.partial(make_train_step, sde, model, optimizer, config, mesh)
+    given = {"transform": dataset.transform}
+    make_step = functools.partial(make_train_step, sde, model, optimizer, config, mesh, **given)
     train_step = fitting_step(make_step, state, first, settings.batch_size // mesh.size, config)
     batches, pending = itertools.chain([first], batches), []
     for step, size in _calls(start, settings):

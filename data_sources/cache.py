@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from data_sources.rows import Appender
 from data_sources.spec import Spec, Split, held_out, with_held_out
-from errors import check, invalid
+from errors import ConfigError, check, invalid
 
 VERSION = 1  # of the format: a change makes all caches anew
 STALE_SECONDS = 3600
@@ -72,6 +72,12 @@ def data_dir(settings: ConfigDict) -> Path:
   return Path(os.path.abspath(os.path.expanduser(settings.dir)))
 
 
+def unwritable(folder: Path, error: OSError) -> ConfigError:
+  """The error of a `data.dir` that nothing can be prepared in."""
+  legal = f"a folder that can be written ({error})"
+  return invalid("data.dir", str(folder), legal, "set --config.data.dir to another")
+
+
 def declared(settings: ConfigDict, source: Source) -> Spec:
   """The spec of the decoded arrays, from the cache or, where there is none, from the source."""
   folder = source.folder(settings)
@@ -102,8 +108,7 @@ def _whole(folder: Path) -> bool:
 
 
 def _read_spec(folder: Path) -> Spec:
-  fields = json.loads((folder / "spec.json").read_text())["spec"]
-  return Spec(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
+  return Spec.of_json(json.loads((folder / "spec.json").read_text())["spec"])
 
 
 def _spec(contents: Contents, settings: ConfigDict) -> Spec:
@@ -138,10 +143,7 @@ def _prepare(settings: ConfigDict, contents: Contents, folder: Path) -> None:
     temporary.rename(folder)
   except OSError as error:
     if not _whole(folder):  # else another process was faster
-      legal = f"a folder that can be written ({error})"
-      raise invalid(
-        "data.dir", str(parent.parent), legal, "set --config.data.dir to another"
-      ) from error
+      raise unwritable(parent.parent, error) from error
   finally:
     shutil.rmtree(temporary, ignore_errors=True)
 

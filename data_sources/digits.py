@@ -7,9 +7,8 @@ import numpy as np
 import tensorflow_datasets as tfds
 from ml_collections import ConfigDict
 
-from data_sources.cache import data_dir
+from data_sources.cache import data_dir, unwritable
 from data_sources.spec import Spec, Split, stored_as_is
-from errors import invalid
 
 SPEC = Spec((8, 8, 1), levels=17, num_classes=10)
 
@@ -62,8 +61,7 @@ def read(settings: ConfigDict, _: str) -> tuple[Spec, dict[str, Split]]:
       tfds.disable_progress_bar()
       builder.download_and_prepare()
   except OSError as error:
-    legal = f"a folder that can be written ({error})"
-    raise invalid("data.dir", str(folder), legal, "set --config.data.dir to another") from error
+    raise unwritable(folder, error) from error
   return spec, {split: _in_memory(builder.as_data_source(split)) for split in spec.splits}
 
 

@@ -19,6 +19,11 @@ class Spec(NamedTuple):
   num_classes: int = 0
   splits: tuple[str, ...] = ("train", "test")
 
+  @classmethod
+  def of_json(cls, fields: dict) -> "Spec":
+    """From `_asdict()` as JSON gives it back."""
+    return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
+
   @property
   def dtype(self) -> np.dtype:
     """How examples are stored: float32, or the smallest unsigned integers."""

@@ -4,7 +4,6 @@ goes on and any number of devices gives the same bits.
 
 import dataclasses
 import functools
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,18 +17,19 @@ from tqdm import tqdm
 
 import devices
 import settings
-from dequantization import DEQUANTIZATIONS, importance_bound, matched_time
+from dequantization import importance_bound, matched_time
 from divergence import fit_control
 from errors import RunError
 from evaluation import figures, likelihood_study
 from evaluation.batches import keys_of, labels_of, spread
+from evaluation.evidence import OPTIONS, exact, standard_error, unit
 from evaluation.mixture import mixture_log_prob
 from evaluation.records import SECTIONS
 from evaluation.trained import Job, training_examples
 from experiment import Experiment
-from likelihood import log_likelihood, variational_bound
-from parameterization import make_score_fn
-from sde_lib import SDE, fold_in, log_snr, time_of_log_snr
+from likelihood import variational_bound
+from sampling import time_grid
+from sde_lib import SDE, fold_in
 
 Columns = dict[str, np.ndarray]
 LARGEST_MIXTURE = 512  # dimensions of an example
@@ -39,16 +39,12 @@ DRAW, PROBE, REDRAW, REPROBE = range(4)
 
 def _exact(experiment: Experiment, params, control, draws, probes, k, labels) -> dict[str, Array]:
   """The exact log-likelihood of one dequantized draw (or of continuous values)."""
-  options, sde = experiment.config.likelihood, experiment.sde
-  score_fn = make_score_fn(sde, experiment.noise_fn(params))
-  names = ("divergence", "num_probes", "solver", "rtol", "atol", "max_steps", "start")
-  x, log_q = k.astype(jnp.float32), jnp.zeros(len(k))
-  if experiment.transform.levels:
-    x, log_q = DEQUANTIZATIONS[options.dequantization](draws, sde, experiment.transform, k)
-  given = {"labels": experiment.labels(labels), "control": control}
-  result = log_likelihood(probes, sde, score_fn, x, **given, **{n: options[n] for n in names})
+  at = experiment.sde, params, draws, probes, k, labels
+  result, log_q = exact(experiment, *at, control=control)
   columns = {"log_weight": result.log_prob - log_q, "log_q": log_q, **result._asdict()}
-  return columns if options.save_latents else {k: v for k, v in columns.items() if k != "latent"}
+  if not experiment.config.likelihood.save_latents:
+    columns.pop("latent")
+  return columns
 
 
 def _chain(experiment: Experiment) -> SDE:
@@ -63,8 +59,7 @@ def _chain(experiment: Experiment) -> SDE:
     if experiment.transform.levels and experiment.config.training.dequantize:
       t_min = max(sde.t_min, matched_time(sde, experiment.transform, bound=2.0))
       sde = dataclasses.replace(sde, t_min=t_min)
-    ends = [log_snr(sde, t) for t in (sde.t_min, sde.t_max)]
-    times = np.asarray(time_of_log_snr(sde, jnp.linspace(*ends, num_levels)), np.float64)
+    times = np.asarray(time_grid(sde, num_levels - 1, "log_snr")[::-1], np.float64)
   return dataclasses.replace(sde, times=times)
 
 
@@ -152,10 +147,8 @@ class Blocks:
 
 def _write_block(path: Path, columns: Columns) -> None:
   path.parent.mkdir(parents=True, exist_ok=True)
-  temporary = path.with_suffix(".tmp")
-  with open(temporary, "wb") as file:
+  with settings.written_whole(path) as temporary, open(temporary, "wb") as file:
     np.savez(file, **columns)
-  os.replace(temporary, path)
 
 
 class Uncertainty(NamedTuple):
@@ -183,7 +176,7 @@ def _replicate(blocks: Blocks, rows: np.ndarray, first: np.ndarray) -> Uncertain
 def _standard_errors(values: np.ndarray, one: Uncertainty, num_draws: int) -> dict[str, float]:
   """That of the mean of the values, and its parts: the choice of examples, draws, probes."""
   n = len(values)
-  total = values.std(ddof=1) ** 2 / n
+  total = standard_error(values) ** 2
   probes, draws = (variance / num_draws / n for variance in one)
   parts = {
     "standard_error": total,
@@ -225,19 +218,18 @@ def _description(experiment: Experiment) -> dict[str, Any]:
     levels = {"num_levels": len(chain.times), "lowest_level": float(chain.times[0])}
     levels["variance"] = options.variance
     return about | levels | {"dequantization": "none: discretized decoder"}
-  names = ("divergence", "num_probes", "control", "start", "solver", "rtol", "atol", "max_steps")
   law = options.dequantization if experiment.transform.levels else "none: continuous values"
-  return about | {name: options[name] for name in names} | {"dequantization": law}
+  used = {name: options[name] for name in ("control", *OPTIONS)}
+  return about | used | {"dequantization": law}
 
 
 def _comparison(name: str, values: np.ndarray, baseline: np.ndarray) -> dict[str, Any]:
   """The baseline beside the values of the same examples."""
-  error = lambda x: float(x.std(ddof=1) / np.sqrt(len(x)))
   return {
     f"baseline_{name}": baseline.mean(),
-    "baseline_standard_error": error(baseline),
+    "baseline_standard_error": standard_error(baseline),
     "baseline": "Gaussian mixture, 10 full-covariance components, dequantized training split",
-    "gain_standard_error": error(values - baseline),
+    "gain_standard_error": standard_error(values - baseline),
   }
 
 
@@ -267,8 +259,7 @@ def run(job: Job) -> dict[str, Any]:
   log_p = np.asarray(importance_bound(jnp.asarray(weights)), np.float64)
   ok = np.isfinite(log_p)
   _check_failures(ok, rows, options)
-  scale = -1 / (experiment.num_dims * np.log(2)) if transform.levels else 1.0
-  name = "bits_per_dim" if transform.levels else "log_density_nats"
+  name, scale = unit(experiment)
   values, one = scale * log_p[ok], _replicate(blocks, rows, weights[0])
   one = Uncertainty(*(scale**2 * variance for variance in one))
   nfe = np.stack([draw["nfe"] for draw in draws])[:, ok]

@@ -65,13 +65,10 @@ class HeldOut:
   @functools.cached_property
   def _levels(self) -> Callable:
     """(params, one key per example, stored values [b, *d], labels [b]) -> loss / D [b, levels]."""
-    experiment = self.experiment
+    experiment, transform = self.experiment, self.experiment.transform
 
     def levels(params, keys, k, labels):
-      noise_fn, x0 = (
-        experiment.noise_fn(params),
-        experiment.transform.dequantize(fold_in(keys, 0), k),
-      )
+      x0, noise_fn = transform.dequantize(fold_in(keys, 0), k), experiment.noise_fn(params)
       given = lambda x, t, _: noise_fn(x, t, experiment.labels(labels))
       return loss_per_level(
         fold_in(keys, 1), experiment.sde, given, x0, self.times, self.options.num_draws

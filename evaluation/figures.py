@@ -34,11 +34,16 @@ def to_unit(x: np.ndarray, transform: Transform) -> np.ndarray:
   return np.clip((np.asarray(x) - transform.low) / (transform.high - transform.low), 0, 1)
 
 
+def _save(figure: plt.Figure, path: Path) -> None:
+  path.parent.mkdir(parents=True, exist_ok=True)
+  figure.savefig(path, dpi=120)
+  plt.close(figure)
+
+
 def save_samples(path: Path, x: np.ndarray, transform: Transform) -> None:
   """Examples [n, *d] in model units: images as a grid, points of a plane as a cloud, other vectors
   and sequences as lines.
   """
-  path.parent.mkdir(parents=True, exist_ok=True)
   if x.ndim == 4:
     save_grid(path, x, transform)
     return
@@ -51,8 +56,7 @@ def save_samples(path: Path, x: np.ndarray, transform: Transform) -> None:
     axis.set_xlabel("position")
   axis.set_title(f"{len(x) if x.ndim == 2 else min(16, len(x))} samples")
   axis.grid(alpha=0.3)
-  figure.savefig(path, dpi=120)
-  plt.close(figure)
+  _save(figure, path)
 
 
 def save_grid(path: Path, x: np.ndarray, transform: Transform, columns: int = 10) -> None:
@@ -87,9 +91,7 @@ def save_process(
     axis.set_yticks([])
     axis.set_title(title)
     axis.set_xlabel("log-SNR")
-  path.parent.mkdir(parents=True, exist_ok=True)
-  figure.savefig(path, dpi=120)
-  plt.close(figure)
+  _save(figure, path)
 
 
 def save_likelihood(
@@ -115,8 +117,7 @@ def save_likelihood(
       )
       axis.set_axis_off()
   figure.tight_layout()
-  figure.savefig(path, dpi=120)
-  plt.close(figure)
+  _save(figure, path)
 
 
 def save_loss_per_level(path: Path, log_snrs: np.ndarray, curves: dict[str, np.ndarray]) -> None:
@@ -131,6 +132,4 @@ def save_loss_per_level(path: Path, log_snrs: np.ndarray, curves: dict[str, np.n
   axis.set_title("Denoising loss per noise level")
   axis.grid(alpha=0.3)
   axis.legend()
-  path.parent.mkdir(parents=True, exist_ok=True)
-  figure.savefig(path, dpi=120)
-  plt.close(figure)
+  _save(figure, path)

@@ -16,6 +16,7 @@ from errors import ConfigError
 from evaluation import bits_per_dim, figures
 from evaluation.batches import draw_samples, spread
 from evaluation.denoising import HeldOut, gaussian_predictor_loss
+from evaluation.evidence import standard_error
 from evaluation.trained import Job, training_examples
 from experiment import SOLVES
 from sde_lib import example_keys, log_snr, perturb
@@ -68,11 +69,6 @@ def _process_figure(job: Job, path: Path, num_images: int = 6, num_frames: int =
   figures.save_process(path, forward, frames[position], log_snrs, experiment.transform)
 
 
-def _standard_error(values: np.ndarray) -> float:
-  """Standard error of the mean of independent values."""
-  return float(values.std(ddof=1) / np.sqrt(len(values)))
-
-
 def run_evaluate(job: Job) -> dict[str, Any]:
   """Denoising loss of a held-out split per noise level, beside predictors without a network."""
   experiment, options = job.experiment, job.experiment.config.evaluation
@@ -96,7 +92,7 @@ def run_evaluate(job: Job) -> dict[str, Any]:
     "split": options.split,
     "num_examples": len(losses),
     "loss": losses.mean(),
-    "standard_error": _standard_error(losses.mean(1)),
+    "standard_error": standard_error(losses.mean(1)),
     "gaussian_predictor_loss": gaussian.mean(),
     "trivial_predictor_loss": 1.0,
     "levels": [dict(zip(names, map(float, row))) for row in zip(*columns)],

@@ -8,12 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dequantization import DEQUANTIZATIONS
 from divergence import DIVERGENCES, fit_control
 from evaluation.batches import keys_of, labels_of, spread
+from evaluation.evidence import exact, unit
 from evaluation.trained import Job, training_examples
-from likelihood import log_likelihood
-from parameterization import make_score_fn
 from sde_lib import fold_in
 
 NUM_EXAMPLES = 32
@@ -30,7 +28,7 @@ class Study:
     experiment, options = job.experiment, job.experiment.config.likelihood
     split = experiment.dataset.splits[options.split]
     rows = spread(len(split["image"]), NUM_EXAMPLES)
-    self._job, self._options, self.num_dims = job, options, experiment.num_dims
+    self._job, self.num_dims = job, experiment.num_dims
     self._keys, self._labels = keys_of(job.key("likelihood"), rows), labels_of(split, rows)
     self._stored = jnp.asarray(split["image"][rows])
     answer = "exact" if self.num_dims <= LARGEST_EXACT else "rademacher"
@@ -39,27 +37,19 @@ class Study:
 
   def evaluate(self, t_min: float | None = None, **changes) -> tuple[np.ndarray, float]:
     """(bits/dim or nats of each example, mean NFE)."""
-    experiment, options = self._job.experiment, self._options
+    experiment = self._job.experiment
     sde = experiment.sde
     sde = sde if t_min is None else dataclasses.replace(sde, t_min=t_min)
-    names = ("divergence", "num_probes", "solver", "rtol", "atol", "max_steps", "start")
-    arguments = {name: options[name] for name in names} | changes
 
     @jax.jit
     def run(params, keys, k, labels):
-      score_fn = make_score_fn(sde, experiment.noise_fn(params))
-      x, log_q = k.astype(jnp.float32), 0.0
-      if experiment.transform.levels:
-        law = DEQUANTIZATIONS[options.dequantization]
-        x, log_q = law(fold_in(keys, 0), sde, experiment.transform, k)
-      given = {"labels": experiment.labels(labels), **arguments}
-      result = log_likelihood(fold_in(keys, 1), sde, score_fn, x, **given)
+      at = sde, params, fold_in(keys, 0), fold_in(keys, 1), k, labels
+      result, log_q = exact(experiment, *at, **changes)
       return result.log_prob - log_q, result.nfe
 
     with jax.default_matmul_precision("highest"):
       log_weight, nfe = run(self._job.params, self._keys, self._stored, self._labels)
-    scale = -1 / (self.num_dims * np.log(2)) if experiment.transform.levels else 1.0
-    return scale * np.asarray(log_weight, np.float64), float(np.mean(nfe))
+    return unit(experiment)[1] * np.asarray(log_weight, np.float64), float(np.mean(nfe))
 
 
 def _show(name: str, evaluated: tuple[np.ndarray, float], answer: np.ndarray) -> None:

@@ -117,10 +117,7 @@ def start(config: ConfigDict, workdir: Path, *, train: bool) -> Job:
 def _read_spec(workdir: Path) -> data.Spec | None:
   """What the data were that the workdir was trained on, None where nothing was."""
   path = workdir / "data.json"
-  if not path.is_file():
-    return None
-  values = json.loads(path.read_text()).items()
-  return data.Spec(**{name: tuple(v) if isinstance(v, list) else v for name, v in values})
+  return data.Spec.of_json(json.loads(path.read_text())) if path.is_file() else None
 
 
 def _train(experiment: Experiment, workdir: Path) -> Job:

@@ -177,7 +177,7 @@ def first_leaf(state):
   return np.asarray(jax.tree.leaves(state.params)[-1])
 
 
-CHAIN = {"sde": {"name": "ddpm", "args": {"num_steps": 20}}, "training__dequantize": False}
+CHAIN = {"sde__name": "ddpm", "sde__args": {"num_steps": 20}, "training__dequantize": False}
 DIGITS = {"data__name": "digits", "data__dir": "runs/data"}
 TRAININGS = {
   "score_matching": (toy_config, {"loss__objective": "score_matching"}),
@@ -207,15 +207,7 @@ TRAININGS = {
 @pytest.mark.parametrize("name", some(TRAININGS, "vlb"))
 def test_what_a_configuration_can_ask_for_trains(name):
   make, changes = TRAININGS[name]
-  if "sde" in changes:
-    changes = dict(changes)
-    process = changes.pop("sde")
-  else:
-    process = None
   config = make(**changes, parameterization__c_noise="log_snr")
-  if process:
-    with config.unlocked():
-      config.sde = process
   states = []
   _, seen, _ = run_steps(config, mesh_of(2), 3, each=lambda s: states.append(jax.device_get(s)))
   assert np.isfinite(seen).all()

@@ -31,8 +31,11 @@ TINY = {
 
 def _changed(path, flat, changes):
   config = load_config_file(path)
+  changes = {k.replace("__", "."): v for k, v in changes.items()}
   with config.unlocked():
-    config.update_from_flattened_dict(flat | {k.replace("__", "."): v for k, v in changes.items()})
+    if "sde.args" in changes:  # those of another process are no base for it
+      config.sde.args = changes.pop("sde.args")
+    config.update_from_flattened_dict(flat | changes)
   return config
 
 

@@ -1,0 +1,51 @@
+"""What the likelihood job and its study share: the log-weight of an example, the unit that it is
+reported in, the standard error of a mean.
+"""
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, PyTree
+
+from dequantization import DEQUANTIZATIONS, bits_of_bound
+from experiment import Experiment
+from likelihood import LogLikelihood, log_likelihood
+from parameterization import make_score_fn
+from sde_lib import SDE, Keys
+
+# of config.likelihood: what `log_likelihood` takes
+OPTIONS = ("divergence", "num_probes", "solver", "rtol", "atol", "max_steps", "start")
+
+
+def exact(
+  experiment: Experiment,
+  sde: SDE,
+  params: PyTree,
+  draws: Keys,
+  probes: Keys,
+  k: Array,
+  labels: Array,
+  **changes,
+) -> tuple[LogLikelihood, Array]:
+  """(the exact log-likelihood, log q [b]) of one dequantized draw of k [b, *d], or of continuous
+  values; `changes` are laid over the options of the configuration.
+  """
+  options = experiment.config.likelihood
+  score_fn = make_score_fn(sde, experiment.noise_fn(params))
+  x, log_q = k.astype(jnp.float32), jnp.zeros(len(k))
+  if experiment.transform.levels:
+    x, log_q = DEQUANTIZATIONS[options.dequantization](draws, sde, experiment.transform, k)
+  arguments = {name: options[name] for name in OPTIONS} | changes
+  labels = experiment.labels(labels)
+  return log_likelihood(probes, sde, score_fn, x, labels=labels, **arguments), log_q
+
+
+def unit(experiment: Experiment) -> tuple[str, float]:
+  """The name of what a log-weight in nats is reported as, and the factor to it."""
+  if not experiment.transform.levels:
+    return "log_density_nats", 1.0
+  return "bits_per_dim", float(bits_of_bound(jnp.ones(1), experiment.num_dims)[0])
+
+
+def standard_error(values: np.ndarray) -> float:
+  """Standard error of the mean of independent values."""
+  return float(values.std(ddof=1) / np.sqrt(len(values)))
