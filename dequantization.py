@@ -5,6 +5,7 @@ log P(k) >= E_q[log p(x) - log q(x | k)] (Ho et al. 2019, "Flow++", eq. 11), in 
 bits/dim = -(log p - log q) / (D log 2), with no further offset.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -12,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
-from jaxtyping import Array, Float, Num, PyTree
+from jaxtyping import Array, Float, Int, Num, PyTree
 
 from bounds import sum_dims
 from data import Transform
@@ -44,8 +45,8 @@ def truncated_normal(
   the bin (Zheng et al. 2023, "Improved techniques for maximum likelihood estimation for diffusion
   ODEs", section 4.2): the model's own noise, so nothing is trained and no start-time error is left.
 
-  For a model of values at the centres; end the process where the noise fits the bin:
-  `matched_time`.
+  For a model of values at the centres, of a process that ends where the noise fits the bin:
+  `matched`.
   """
   alpha, sigma = marginal(sde, sde.t_min)
   bound = 0.5 * transform.bin_width * alpha / sigma
@@ -57,9 +58,8 @@ def truncated_normal(
 
 
 def matched_time(sde: SDE, transform: Transform, bound: float = 3.0) -> float:
-  """The t_min at which half a bin is `bound` standard deviations of the noise sigma / alpha, for
-  `truncated_normal`: `dataclasses.replace(sde, t_min=...)`. Raises where the process has no such
-  time.
+  """The time at which half a bin is `bound` standard deviations of the noise sigma / alpha. Raises
+  where the process has no such time.
   """
   log_snr_there = 2 * np.log(2 * bound / transform.bin_width)
   t = float(time_of_log_snr(sde, log_snr_there))
@@ -70,7 +70,18 @@ def matched_time(sde: SDE, transform: Transform, bound: float = 3.0) -> float:
   return t
 
 
-# name: (key, sde, transform, k [b, *d]) -> Dequantized; a trained law: `variational`
+def matched(sde: SDE, transform: Transform, bound: float = 3.0) -> SDE:
+  """The process ended at `matched_time`, for `truncated_normal`; itself where its noise fills the
+  bin already.
+  """
+  with jax.ensure_compile_time_eval():
+    alpha, sigma = marginal(sde, sde.t_min)
+    if 0.5 * transform.bin_width * alpha <= bound * sigma:
+      return sde
+    return dataclasses.replace(sde, t_min=matched_time(sde, transform, bound))
+
+
+# name: (key, sde, transform, k [b, *d]) -> Dequantized
 DEQUANTIZATIONS = {"uniform": uniform, "truncated_normal": truncated_normal}
 
 
@@ -121,6 +132,10 @@ def variational(module: Dequantizer, params: PyTree) -> Callable:
   return law
 
 
+# name: (module, its parameters) -> a law of the signature of `DEQUANTIZATIONS`
+TRAINED = {"variational": variational}
+
+
 def dequantization_loss(
   key: Keys,
   law: Callable,
@@ -128,13 +143,15 @@ def dequantization_loss(
   transform: Transform,
   noise_fn: NoiseFn,
   k: Num[Array, "b *d"],
+  *,
+  labels: Int[Array, " b"] | None = None,
 ) -> Float[Array, " b"]:
   """One draw of the bound -log P(k) <= E_q[log q(x | k) + `continuous_bound`(x)], nats, whose mean
   a variational law is trained on; the network may stay as it is.
   """
   keys = example_keys(key, len(k))
   x, log_q = law(fold_in(keys, 0), sde, transform, k)
-  return log_q + continuous_bound(fold_in(keys, 1), sde, noise_fn, x)
+  return log_q + continuous_bound(fold_in(keys, 1), sde, noise_fn, x, labels=labels)
 
 
 def importance_bound(log_weights: Float[Array, "k b"]) -> Float[Array, " b"]:

@@ -9,6 +9,7 @@ import diffrax
 import jax
 import jax.numpy as jnp
 import lineax
+import optimistix
 from jaxtyping import Array, Bool, Int, Key, PyTree
 
 from divergence import Probe, traces
@@ -193,13 +194,14 @@ def solve(
   atol: float,
   max_steps: int,
   args=None,
+  norm: Callable[[PyTree], Array] = optimistix.rms_norm,
 ) -> Solution:
-  """Integrates `field` from t0 to t1 (either direction) with adaptive steps; one error norm over
-  `state`.
+  """Integrates `field` from t0 to t1 (either direction) with adaptive steps.
 
   Args:
     solver: a name in `SOLVERS`.
     max_steps: accepted and rejected steps allowed.
+    norm: of the error of a step, a tree like `state` in units of the tolerance.
   """
   method = lookup(SOLVERS, solver, "solver")()
   solution = diffrax.diffeqsolve(
@@ -207,10 +209,10 @@ def solve(
     method,
     t0,
     t1,
-    dt0=1e-3 * (t1 - t0),
+    dt0=3e-3 * (t1 - t0),
     y0=state,
     args=args,
-    stepsize_controller=_CountingController(rtol, atol),
+    stepsize_controller=_CountingController(rtol, atol, norm=norm),
     saveat=diffrax.SaveAt(t1=True, controller_state=True),
     max_steps=max_steps,
     adjoint=diffrax.ForwardMode(),

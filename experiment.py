@@ -24,7 +24,7 @@ import models
 import optimizers
 import run_log
 import training
-from dequantization import DEQUANTIZATIONS
+from dequantization import DEQUANTIZATIONS, TRAINED
 from divergence import DIVERGENCES
 from dynamics import SOLVERS
 from errors import ConfigError, check, invalid, lookup
@@ -223,7 +223,7 @@ NAMES = (
   (SPACINGS, "sampling.spacing"),
   (DENOISE, "sampling.denoise"),
   (dict.fromkeys(("exact", "variational")), "likelihood.kind"),
-  (DEQUANTIZATIONS, "likelihood.dequantization"),
+  (DEQUANTIZATIONS | TRAINED, "likelihood.dequantization"),
   (DIVERGENCES, "likelihood.divergence"),
   (STARTS, "likelihood.start"),
   (VARIANCES, "likelihood.variance"),
@@ -253,8 +253,11 @@ def _check_values(config: ConfigDict, num_devices: int) -> None:
   for table, field in NAMES:
     section, name = field.split(".")
     lookup(table, config[section][name], field)
-  for section in ("optimizer", "ema", "training", "sampling", "likelihood", "evaluation"):
-    for field, value in config[section].items():
+  names = ("optimizer", "ema", "training", "sampling", "likelihood", "evaluation")
+  sections = {name: config[name] for name in names}
+  sections["likelihood.dequantizer"] = config.likelihood.dequantizer
+  for section, fields in sections.items():
+    for field, value in fields.items():
       if isinstance(value, int | float) and field not in MAY_BE_ZERO:
         positive = value > 0 or isinstance(value, bool)
         check(positive, f"{section}.{field}", value, "a number above 0")
@@ -265,6 +268,14 @@ def _check_values(config: ConfigDict, num_devices: int) -> None:
     legal = f"a multiple of the {num_devices} devices"
     mend = f"set --config.{section}.batch_size to {nearest}"
     check(size % num_devices == 0, f"{section}.batch_size", size, legal, mend)
+
+
+def _check_likelihood(config: ConfigDict) -> None:
+  """The bound of the chain encodes nothing."""
+  options = config.likelihood
+  legal = f"False with likelihood.kind={options.kind}: only kind=exact encodes the examples"
+  keeps = options.save_latents and options.kind != "exact"
+  check(not keeps, "likelihood.save_latents", True, legal)
 
 
 def _check_levels(config: ConfigDict, sde: SDE) -> None:
@@ -382,6 +393,7 @@ def outline(config: ConfigDict, spec: data.Spec | None = None) -> Outline:
     spec: what the data were when the network was trained; None: asks them.
   """
   _check_values(config, jax.device_count())
+  _check_likelihood(config)
   variants = "each process has its own sde.args: choose a variant, --config=<file>:<process>"
   _check_arguments("sde.args", config.sde.args, SDES[config.sde.name], variants)
   sde = make_sde(config.sde.name, **config.sde.args)

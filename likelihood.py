@@ -8,6 +8,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
+from optimistix import rms_norm
 
 from bounds import level_term, level_times, log_weight, predict, prior_term, sum_dims
 from data import Transform
@@ -91,6 +92,12 @@ def _solve_each(
   return jax.vmap(one, (None if labels is None else 0, *[0] * len(examples)))(labels, *examples)
 
 
+def _error_norm(error: tuple[Array, Array]) -> Array:
+  """That of the path, and of its log-density per dimension, which is what bits/dim are made of."""
+  path, log_prob = error
+  return jnp.maximum(rms_norm(path), jnp.abs(log_prob).max() / path.size)
+
+
 def log_likelihood(
   key: Keys,
   sde: SDE,
@@ -133,6 +140,7 @@ def log_likelihood(
     return with_log_density(field, probe, linear), (x, estimates)
 
   options = {"solver": solver, "rtol": rtol, "atol": atol, "max_steps": max_steps}
+  options["norm"] = _error_norm
   (latent, changes), nfe, ok = _solve_each(sde, score_fn, flow_of, (keys, begin), labels, **options)
   prior, integral = prior_log_prob(sde, latent), -changes.mean(1)
   error = standard_error(changes, divergence, x[0].size)

@@ -41,7 +41,7 @@ def _block(table: bytes, offset: int, size: int) -> Iterator[tuple[bytes, bytes]
     at += new + length
 
 
-def _message(data: bytes) -> Iterator[tuple[int, int | bytes]]:
+def message(data: bytes) -> Iterator[tuple[int, int | bytes]]:
   """The numbered fields of a protocol buffer."""
   at = 0
   while at < len(data):
@@ -62,10 +62,10 @@ def _entry(prefix: str, num_shards: int, data: bytes) -> np.ndarray | None:
   """The array an entry describes, None for anything but numbers: dtype 1, shape 2, shard 3, offset
   4, size 5.
   """
-  fields = dict(_message(data))
+  fields = dict(message(data))
   if fields.get(1) not in DTYPES:
     return None
-  dims = [dict(_message(dim)).get(1, 0) for _, dim in _message(fields.get(2, b""))]
+  dims = [dict(message(dim)).get(1, 0) for _, dim in message(fields.get(2, b""))]
   shard = Path(f"{prefix}.data-{fields.get(3, 0):05d}-of-{num_shards:05d}")
   dtype = np.dtype(DTYPES[fields[1]]).newbyteorder("<")
   count = int(np.prod(dims, dtype=np.int64))
@@ -91,6 +91,6 @@ def read(prefix: str) -> dict[str, np.ndarray]:
   for _, handle in _block(table, *handles[2:]):
     offset, after = _varint(handle, 0)
     entries |= _block(table, offset, _varint(handle, after)[0])
-  num_shards = dict(_message(entries.pop(b""))).get(1, 1)
+  num_shards = dict(message(entries.pop(b""))).get(1, 1)
   arrays = {k.decode(): _entry(prefix, num_shards, v) for k, v in entries.items()}
   return {name: array for name, array in arrays.items() if array is not None}

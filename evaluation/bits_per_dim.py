@@ -17,12 +17,11 @@ from tqdm import tqdm
 
 import devices
 import settings
-from dequantization import importance_bound, matched_time
-from divergence import fit_control
+from dequantization import importance_bound, matched
 from errors import RunError
-from evaluation import figures, likelihood_study
+from evaluation import dequantizer, figures, latents, likelihood_study
 from evaluation.batches import keys_of, labels_of, spread
-from evaluation.evidence import OPTIONS, exact, standard_error, unit
+from evaluation.evidence import OPTIONS, Held, exact, hold, process, standard_error, unit
 from evaluation.mixture import mixture_log_prob
 from evaluation.records import SECTIONS
 from evaluation.trained import Job, training_examples
@@ -37,11 +36,11 @@ LARGEST_MIXTURE = 512  # dimensions of an example
 DRAW, PROBE, REDRAW, REPROBE = range(4)
 
 
-def _exact(experiment: Experiment, params, control, draws, probes, k, labels) -> dict[str, Array]:
+def _exact(experiment: Experiment, held: Held, draws, probes, k, labels) -> dict[str, Array]:
   """The exact log-likelihood of one dequantized draw (or of continuous values)."""
-  at = experiment.sde, params, draws, probes, k, labels
-  result, log_q = exact(experiment, *at, control=control)
+  result, log_q = exact(experiment, process(experiment), held, draws, probes, k, labels)
   columns = {"log_weight": result.log_prob - log_q, "log_q": log_q, **result._asdict()}
+  columns["latent_norm"] = jnp.linalg.norm(result.latent.reshape(len(k), -1), axis=1)
   if not experiment.config.likelihood.save_latents:
     columns.pop("latent")
   return columns
@@ -57,20 +56,19 @@ def _chain(experiment: Experiment) -> SDE:
     return sde
   with jax.ensure_compile_time_eval():
     if experiment.transform.levels and experiment.config.training.dequantize:
-      t_min = max(sde.t_min, matched_time(sde, experiment.transform, bound=2.0))
-      sde = dataclasses.replace(sde, t_min=t_min)
+      sde = matched(sde, experiment.transform, bound=2.0)
     times = np.asarray(time_grid(sde, num_levels - 1, "log_snr")[::-1], np.float64)
   return dataclasses.replace(sde, times=times)
 
 
-def _variational(experiment: Experiment, params, _, draws, probes, k, labels) -> dict[str, Array]:
+def _variational(experiment: Experiment, held: Held, draws, probes, k, labels) -> dict[str, Array]:
   """The variational bound of the chain, one draw of the noise at every level."""
   options = experiment.config.likelihood
   chain, transform = _chain(experiment), experiment.transform
   bound = variational_bound(
     draws,
     chain,
-    experiment.noise_fn(params),
+    experiment.noise_fn(held.params),
     transform.forward(k),
     variance=options.variance,
     transform=transform if transform.levels else None,
@@ -93,12 +91,11 @@ class Blocks:
   devices share the blocks.
   """
 
-  def __init__(self, job: Job, folder: Path):
+  def __init__(self, job: Job, held: Held, folder: Path):
     self.experiment, self.folder = job.experiment, folder
     self.options, self.key = job.experiment.config.likelihood, job.key("likelihood")
     self.split = job.experiment.dataset.splits[self.options.split]
-    control = fit_control(training_examples(job)) if self.options.control else None
-    held, local = (devices.to_host(job.params), control), job.experiment.mesh.local_devices
+    local = job.experiment.mesh.local_devices
     self._held = [(device, jax.device_put(held, device)) for device in local]
 
   @functools.cached_property
@@ -106,7 +103,7 @@ class Blocks:
     @jax.jit
     def evaluate(held, *block):
       with jax.default_matmul_precision("highest"):
-        return KINDS[self.options.kind][0](self.experiment, *held, *block)
+        return KINDS[self.options.kind][0](self.experiment, held, *block)
 
     return evaluate
 
@@ -210,17 +207,34 @@ def _check_failures(ok: np.ndarray, rows: np.ndarray, options) -> None:
 
 def _description(experiment: Experiment) -> dict[str, Any]:
   """What the number is and how it was made."""
-  options = experiment.config.likelihood
+  config, options = experiment.config, experiment.config.likelihood
   shared = {name: options[name] for name in ("split", "num_draws", "batch_size", "seed")}
-  about = {"kind": KINDS[options.kind][1], "t_min": experiment.sde.t_min, **shared}
+  about = {"kind": KINDS[options.kind][1], **shared}
+  if experiment.transform.levels:
+    about["trained_on"] = "dequantized values" if config.training.dequantize else "centres of bins"
   if options.kind == "variational":
     chain = _chain(experiment)
-    levels = {"num_levels": len(chain.times), "lowest_level": float(chain.times[0])}
-    levels["variance"] = options.variance
+    levels = {"t_min": chain.t_min, "num_levels": len(chain.times)}
+    levels |= {"lowest_level": float(chain.times[0]), "variance": options.variance}
     return about | levels | {"dequantization": "none: discretized decoder"}
-  law = options.dequantization if experiment.transform.levels else "none: continuous values"
   used = {name: options[name] for name in ("control", *OPTIONS)}
-  return about | used | {"dequantization": law}
+  law = dequantizer.description(experiment)
+  return about | {"t_min": process(experiment).t_min, **used, "dequantization": law}
+
+
+def _warn_of_mismatch(experiment: Experiment) -> None:
+  """A density that was never trained where it is evaluated has a likelihood of little meaning."""
+  config, options = experiment.config, experiment.config.likelihood
+  of_centres = options.dequantization == "truncated_normal"
+  mismatch = of_centres == config.training.dequantize
+  if experiment.transform.levels and options.kind == "exact" and mismatch:
+    better = "uniform or variational" if of_centres else "truncated_normal"
+    print(
+      f"warning: the network was trained with training.dequantize={config.training.dequantize}, "
+      f"and likelihood.dequantization={options.dequantization} evaluates it on other values\n"
+      f"  mend:  likelihood.dequantization={better}, or likelihood.kind=variational",
+      flush=True,
+    )
 
 
 def _comparison(name: str, values: np.ndarray, baseline: np.ndarray) -> dict[str, Any]:
@@ -242,16 +256,33 @@ def _baseline(job: Job, blocks: Blocks, rows: np.ndarray) -> np.ndarray:
   return mixture_log_prob(training_examples(job), x) + offset
 
 
+def _write_files(job: Job, held: Held, blocks: Blocks, table: Columns, name: str) -> None:
+  """The table, the pictures and the latents, by the first host."""
+  if not devices.is_first():
+    return
+  results, transform = job.workdir / "results", job.experiment.transform
+  latent = table.pop("latent", None)
+  np.savez_compressed(results / "likelihood.npz", **table)
+  ok = np.isfinite(table[name])
+  images = transform.forward(jnp.asarray(blocks.split["image"][table["index"][ok]]))
+  p_values = table["typicality"][ok] if "typicality" in table else None
+  shown = table[name][ok], name, p_values, np.asarray(images)
+  figures.save_likelihood(results / "likelihood.png", *shown, transform)
+  if latent is not None:
+    latents.save(results, job.experiment, held, table["index"], latent)
+
+
 def run(job: Job) -> dict[str, Any]:
   """Bits/dim of a split (of continuous values the log-density in nats), each example once, with its
-  standard error and what it is made of; a table, a histogram, and the baseline's.
+  standard error and what it is made of; a table, a histogram, and the baseline's; the latents.
   """
   options, experiment = job.experiment.config.likelihood, job.experiment
+  _warn_of_mismatch(experiment)
   if options.check:
     likelihood_study.run(job)
-  begin, transform = time.perf_counter(), job.experiment.transform
+  begin, held = time.perf_counter(), hold(job)
   digest = settings.digest(experiment.config, SECTIONS["likelihood"])
-  blocks = Blocks(job, job.workdir / "results" / f"likelihood-step{job.step}-{digest}")
+  blocks = Blocks(job, held, job.workdir / "results" / f"likelihood-step{job.step}-{digest}")
   total = len(blocks.split["image"])
   rows = spread(total, options.num_examples or total)
   draws = [_draw(blocks, rows, number) for number in range(options.num_draws)]
@@ -272,15 +303,15 @@ def run(job: Job) -> dict[str, Any]:
     **_description(experiment),
     **{f"nfe_{f}": float(getattr(np, f)(nfe)) for f in ("mean", "min", "max")},
   }
+  if options.kind == "exact":
+    prior_std, num_dims = experiment.sde.prior_std, experiment.num_dims
+    table["typicality"] = latents.typicality(table["latent_norm"], prior_std, num_dims)
+    result |= latents.summary(table["typicality"][ok])
   if experiment.num_dims <= LARGEST_MIXTURE:
     baseline = scale * _baseline(job, blocks, rows)[ok]
     table[f"baseline_{name}"] = np.full(len(rows), np.nan)
     table[f"baseline_{name}"][ok] = baseline
     result |= _comparison(name, values, baseline)
   seconds = time.perf_counter() - begin
-  if devices.is_first():
-    np.savez_compressed(job.workdir / "results" / "likelihood.npz", **table)
-    images = np.asarray(transform.forward(jnp.asarray(blocks.split["image"][rows[ok]])))
-    path = job.workdir / "results" / "likelihood.png"
-    figures.save_likelihood(path, values, name, images, transform)
+  _write_files(job, held, blocks, table, name)
   return job.write("likelihood", seconds, result)

@@ -1,12 +1,18 @@
-"""What the likelihood job and its study share: the log-weight of an example, the unit that it is
-reported in, the standard error of a mean.
+"""What the likelihood job and its study share: what they hold on a device, the log-weight of an
+example, the unit that it is reported in, the standard error of a mean.
 """
+
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PyTree
 
-from dequantization import DEQUANTIZATIONS, bits_of_bound
+import devices
+from dequantization import bits_of_bound, matched
+from divergence import GaussianControl, fit_control
+from evaluation.dequantizer import law, trained_law
+from evaluation.trained import Job, training_examples
 from experiment import Experiment
 from likelihood import LogLikelihood, log_likelihood
 from parameterization import make_score_fn
@@ -16,10 +22,36 @@ from sde_lib import SDE, Keys
 OPTIONS = ("divergence", "num_probes", "solver", "rtol", "atol", "max_steps", "start")
 
 
+class Held(NamedTuple):
+  """What a program of the likelihood takes beside the examples."""
+
+  params: PyTree
+  trained: PyTree | None  # of the law of dequantization
+  control: GaussianControl | None
+
+
+def hold(job: Job) -> Held:
+  """On the host; all hosts call it."""
+  params = devices.to_host(job.params)
+  wanted = job.experiment.config.likelihood.control
+  control = fit_control(training_examples(job)) if wanted else None
+  return Held(params, trained_law(job, params), control)
+
+
+def process(experiment: Experiment) -> SDE:
+  """The process of the exact log-likelihood: with the truncated normal law it ends where the noise
+  fits the bin.
+  """
+  fitted = experiment.config.likelihood.dequantization == "truncated_normal"
+  if not (fitted and experiment.transform.levels):
+    return experiment.sde
+  return matched(experiment.sde, experiment.transform)
+
+
 def exact(
   experiment: Experiment,
   sde: SDE,
-  params: PyTree,
+  held: Held,
   draws: Keys,
   probes: Keys,
   k: Array,
@@ -30,11 +62,11 @@ def exact(
   values; `changes` are laid over the options of the configuration.
   """
   options = experiment.config.likelihood
-  score_fn = make_score_fn(sde, experiment.noise_fn(params))
+  score_fn = make_score_fn(sde, experiment.noise_fn(held.params))
   x, log_q = k.astype(jnp.float32), jnp.zeros(len(k))
   if experiment.transform.levels:
-    x, log_q = DEQUANTIZATIONS[options.dequantization](draws, sde, experiment.transform, k)
-  arguments = {name: options[name] for name in OPTIONS} | changes
+    x, log_q = law(experiment, held.trained)(draws, sde, experiment.transform, k)
+  arguments = {name: options[name] for name in OPTIONS} | {"control": held.control} | changes
   labels = experiment.labels(labels)
   return log_likelihood(probes, sde, score_fn, x, labels=labels, **arguments), log_q
 

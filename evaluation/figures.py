@@ -59,17 +59,23 @@ def save_samples(path: Path, x: np.ndarray, transform: Transform) -> None:
   _save(figure, path)
 
 
-def save_grid(path: Path, x: np.ndarray, transform: Transform, columns: int = 10) -> None:
-  """Examples [n, h, w, c] in model units as a grid; small images are enlarged smoothly, to be
-  read.
+def _enlarged(x: np.ndarray, transform: Transform) -> np.ndarray:
+  """Colours [n, H, W, 3] of examples [n, h, w, c] in model units; small images are enlarged
+  smoothly, to be read.
   """
   levels = np.asarray(transform.inverse(jnp.asarray(x))) / (transform.levels - 1)
   colours = to_colours(levels)
   scale = max(1, -(-64 // colours.shape[2]))
   size = colours.shape[2] * scale, colours.shape[1] * scale
   images = [Image.fromarray((255 * image).round().astype(np.uint8)) for image in colours]
-  enlarged = [np.asarray(image.resize(size, Image.Resampling.BICUBIC)) / 255 for image in images]
-  canvas = tile(np.stack(enlarged), columns, border=4)
+  return np.stack(
+    [np.asarray(image.resize(size, Image.Resampling.BICUBIC)) / 255 for image in images]
+  )
+
+
+def save_grid(path: Path, x: np.ndarray, transform: Transform, columns: int = 10) -> None:
+  """Examples [n, h, w, c] in model units as a grid."""
+  canvas = tile(_enlarged(x, transform), columns, border=4)
   path.parent.mkdir(parents=True, exist_ok=True)
   Image.fromarray((255 * canvas).round().astype(np.uint8)).save(path)
 
@@ -95,28 +101,61 @@ def save_process(
 
 
 def save_likelihood(
-  path: Path, values: np.ndarray, name: str, x: np.ndarray, transform: Transform, count: int = 8
+  path: Path,
+  values: np.ndarray,
+  name: str,
+  p_values: np.ndarray | None,
+  x: np.ndarray,
+  transform: Transform,
+  count: int = 8,
 ) -> None:
-  """The histogram of the examples' values and, of images, those of the lowest and the highest."""
-  images = x.ndim == 4
-  heights = [2, 1, 1] if images else [2]
+  """The histogram of the examples' values and, of images, those of the lowest, of the highest, and
+  of the smallest p-values where there are some.
+  """
+  label, order = name.replace("_", " "), np.argsort(values)
+  extremes = {"lowest": order[:count], "highest": order[-count:]}
+  rows = [(f"{which} {label}:", chosen, values) for which, chosen in extremes.items()]
+  if p_values is not None:
+    least = np.argsort(p_values)[:count]
+    rows.append(("least typical latents: p-values", least, p_values))
+  rows = rows if x.ndim == 4 else []
+  heights = [2] + [1] * len(rows)
   options = {"height_ratios": heights, "squeeze": False}
   figure, axes = plt.subplots(len(heights), 1, figsize=(8, 1.4 * sum(heights)), **options)
-  axis, label = axes[0, 0], name.replace("_", " ")
+  axis = axes[0, 0]
   axis.hist(values, bins=min(50, max(10, len(values) // 10)), color="tab:blue", alpha=0.8)
   axis.axvline(values.mean(), color="black", linewidth=1)
   axis.set_xlabel(label)
   axis.set_ylabel("examples")
-  order = np.argsort(values)
-  for row, (title, chosen) in enumerate((("lowest", order[:count]), ("highest", order[-count:]))):
-    if images:
-      axis = axes[row + 1, 0]
-      axis.imshow(tile(to_colours(to_unit(x[chosen], transform)), count))
-      axis.set_title(
-        f"{title} {label}: {', '.join(f'{v:.2f}' for v in values[chosen])}", fontsize=9
-      )
-      axis.set_axis_off()
+  for axis, (title, chosen, numbers) in zip(axes[1:, 0], rows):
+    axis.imshow(tile(_enlarged(x[chosen], transform), count, border=4))
+    axis.set_title(f"{title} {', '.join(f'{v:.3g}' for v in numbers[chosen])}", fontsize=9)
+    axis.set_axis_off()
   figure.tight_layout()
+  _save(figure, path)
+
+
+def save_interpolation(
+  path: Path, first: np.ndarray, between: np.ndarray, second: np.ndarray, transform: Transform
+) -> None:
+  """Rows of images [n, h, w, c]: one of the data, the decoded ones [n, k, h, w, c] from its latent
+  to that of another, that other.
+  """
+  n, k = between.shape[:2]
+  parts = first, between.reshape(n * k, *between.shape[2:]), second
+  parts = [tile(_enlarged(x, transform), len(x) // n, border=4) for x in parts]
+  width = (parts[1].shape[1] - 4) / k
+  gap = np.ones((len(parts[0]), int(width / 2), 3))
+  canvas = np.hstack([parts[0], gap, parts[1], gap, parts[2]])
+  figure, axis = plt.subplots(figsize=(0.8 * (k + 3), 0.8 * n + 0.7), layout="constrained")
+  axis.imshow(canvas)
+  begin = parts[0].shape[1] + gap.shape[1]
+  places = [width / 2, *(begin + width * (np.arange(k) + 0.5)), canvas.shape[1] - width / 2]
+  axis.set_xticks(places, ["data", *(f"{i}/{k - 1}" for i in range(k)), "data"])
+  axis.set_yticks([])
+  axis.tick_params(length=0)
+  axis.spines[:].set_visible(False)
+  axis.set_title("Data, and what is decoded from the arc between their latents")
   _save(figure, path)
 
 

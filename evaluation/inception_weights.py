@@ -17,7 +17,7 @@ from jaxtyping import PyTree
 
 import checkpoint_import
 from checkpoint_formats.layouts import conv, dense
-from checkpoint_formats.tensorflow_bundle import _message as message
+from checkpoint_formats.tensorflow_bundle import message
 from errors import ConfigError, RunError, check, invalid
 from evaluation.inception import BLOCKS, SIZE, STEM, Branch, Inception
 from settings import written_whole

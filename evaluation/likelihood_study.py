@@ -10,7 +10,7 @@ import numpy as np
 
 from divergence import DIVERGENCES, fit_control
 from evaluation.batches import keys_of, labels_of, spread
-from evaluation.evidence import exact, unit
+from evaluation.evidence import exact, hold, process, unit
 from evaluation.trained import Job, training_examples
 from sde_lib import fold_in
 
@@ -28,7 +28,7 @@ class Study:
     experiment, options = job.experiment, job.experiment.config.likelihood
     split = experiment.dataset.splits[options.split]
     rows = spread(len(split["image"]), NUM_EXAMPLES)
-    self._job, self.num_dims = job, experiment.num_dims
+    self._experiment, self._held, self.num_dims = experiment, hold(job), experiment.num_dims
     self._keys, self._labels = keys_of(job.key("likelihood"), rows), labels_of(split, rows)
     self._stored = jnp.asarray(split["image"][rows])
     answer = "exact" if self.num_dims <= LARGEST_EXACT else "rademacher"
@@ -37,18 +37,17 @@ class Study:
 
   def evaluate(self, t_min: float | None = None, **changes) -> tuple[np.ndarray, float]:
     """(bits/dim or nats of each example, mean NFE)."""
-    experiment = self._job.experiment
-    sde = experiment.sde
+    experiment, sde = self._experiment, process(self._experiment)
     sde = sde if t_min is None else dataclasses.replace(sde, t_min=t_min)
 
     @jax.jit
-    def run(params, keys, k, labels):
-      at = sde, params, fold_in(keys, 0), fold_in(keys, 1), k, labels
+    def run(held, keys, k, labels):
+      at = sde, held, fold_in(keys, 0), fold_in(keys, 1), k, labels
       result, log_q = exact(experiment, *at, **changes)
       return result.log_prob - log_q, result.nfe
 
     with jax.default_matmul_precision("highest"):
-      log_weight, nfe = run(self._job.params, self._keys, self._stored, self._labels)
+      log_weight, nfe = run(self._held, self._keys, self._stored, self._labels)
     return unit(experiment)[1] * np.asarray(log_weight, np.float64), float(np.mean(nfe))
 
 

@@ -41,6 +41,10 @@ def summary(records: dict[str, dict[str, Any]], workdir: Path) -> str:
     key, unit = next((k, u) for k, u in MEASURES.items() if k in r)
     what = f"{r['split']} {unit}, {r['num_examples']} examples"
     rows.append((what, f"{r[key]:.3f} ± {r['standard_error']:.3f}", f"NFE {r['nfe_mean']:.0f}", r))
+    rows.append(("  dequantization", r["dequantization"].partition(":")[0], "", None))
+    if "atypical_share" in r:
+      what = f"  latents with p < {r['atypical_below']}"
+      rows.append((what, f"{r['atypical_share']:.1%}", "", None))
     if "baseline" in r:
       mixture = f"{r[f'baseline_{key}']:.3f} ± {r['baseline_standard_error']:.3f}"
       rows.append(("  Gaussian mixture, 10 components", mixture, "", None))

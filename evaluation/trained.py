@@ -79,11 +79,11 @@ class Job:
 
 def training_examples(job: Job) -> np.ndarray:
   """Training examples in model units, uniformly dequantized, as many as a predictor without a
-  network is fitted to.
+  network is fitted to; always the same for one training.
   """
   train = job.experiment.dataset.splits["train"]["image"]
   rows = spread(len(train), FITTED)
-  keys = keys_of(jax.random.fold_in(job.key("evaluation"), 2), rows)
+  keys = keys_of(jax.random.fold_in(jax.random.key(job.experiment.config.seed), 2), rows)
   return np.asarray(job.experiment.transform.dequantize(keys, jnp.asarray(train[rows])))
 
 

@@ -1,7 +1,5 @@
 """Laws of dequantization against scipy's and quadrature, the bounds against closed forms."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +8,7 @@ import pytest
 from analytic import Mixture, diagonal
 from scipy.stats import kstest, norm, truncnorm
 
+import dequantization
 from data import Transform
 from dequantization import (
   DEQUANTIZATIONS,
@@ -32,8 +31,7 @@ laws = pytest.mark.parametrize("law", DEQUANTIZATIONS)
 
 
 def matched(name, bound=3.0):
-  sde = make_sde(name)
-  return dataclasses.replace(sde, t_min=matched_time(sde, TRANSFORM, bound))
+  return dequantization.matched(make_sde(name), TRANSFORM, bound)
 
 
 def values(b, d):
@@ -42,6 +40,7 @@ def values(b, d):
 
 @pytest.mark.parametrize("levels", [2, 17, 256])
 def test_uniform_law_has_the_bits_of_its_levels(levels):
+  """By the bound and by the density, whatever their number (PITFALLS, row 30)."""
   transform = Transform(levels)
   x, log_q = uniform(jax.random.key(0), make_sde("vp"), transform, jnp.zeros((3, 12), int))
   log_p = jnp.full(3, -12 * np.log(transform.high - transform.low))
@@ -185,6 +184,14 @@ def test_dequantization_loss_bounds_the_mass_of_the_bin(sde):
   np.testing.assert_allclose(losses.mean(), plain, rtol=0, atol=5 * error + 1e-3)
 
 
+def test_the_network_is_told_the_labels():
+  seen, labels = [], jnp.array([2, 0])
+  noise_fn = lambda x, t, labels: seen.append(labels) or x
+  sde, k = make_sde("vp"), values(2, 3)
+  dequantization_loss(jax.random.key(0), uniform, sde, TRANSFORM, noise_fn, k, labels=labels)
+  assert len(seen) == 2 and all((told == labels).all() for told in seen)
+
+
 def test_importance_bound_is_the_log_of_the_mean():
   weights = jnp.array(np.random.default_rng(0).normal(size=(5, 3)) - 900)
   exact = np.log(np.exp(np.asarray(weights, np.float64) + 900).mean(0)) - 900
@@ -211,3 +218,7 @@ def test_matched_time(name):
 def test_a_width_that_the_process_does_not_reach():
   with pytest.raises(ConfigError, match=r"0\.195"):
     matched_time(make_sde("ve"), Transform(512))
+
+
+def test_a_process_whose_noise_fills_the_bin_stays():
+  assert dequantization.matched(make_sde("ve"), Transform(512)).t_min == make_sde("ve").t_min

@@ -220,7 +220,9 @@ def test_interval_of_the_standard_error_covers_at_its_level(name, k):
 
 
 def test_reported_interval_of_the_likelihood_covers():
-  """The same for log p along the path, against the exact trace at the same point."""
+  """The same for log p along the path, against the exact trace at the same point (PITFALLS, row
+  29).
+  """
   sde, n = make_sde("vp"), 1500
   x = jnp.tile(LAW.sample(jax.random.key(5), 1), (n, 1))
   loose = {"rtol": 1e-3, "atol": 1e-3}

@@ -152,7 +152,9 @@ def test_each_estimate_has_its_own_log_density(x64):
 
 @pytest.mark.parametrize("count", [1, 5, None])
 def test_the_network_runs_once_for_all_probes(executions, count):
-  """Its primal pass is not repeated: not for probes, not for the chunks of the exact trace."""
+  """Its primal pass is not repeated: not for probes, not for the chunks of the exact trace
+  (PITFALLS, row 28).
+  """
   probe = count and jnp.ones((count, 70))
   flow = with_log_density(lambda t, x, args: jnp.tanh(executions.mark(x)), probe)
   jax.jit(lambda x: flow(0.1, (x, jnp.zeros(count or 1)), None))(jnp.ones(70))

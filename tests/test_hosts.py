@@ -115,13 +115,35 @@ def test_only_the_first_process_talks(runs):
   assert "training" not in second and "devices" not in second
 
 
+def test_two_processes_have_the_likelihood_of_one_device(runs, tmp_path):
+  """Of one checkpoint, bit by bit, with a trained law of dequantization; the hosts share the blocks
+  and none overwrites another's (PITFALLS, row 35).
+  """
+  one, two = tmp_path / "one", tmp_path / "two"
+  for folder in (one, two):
+    shutil.copytree(runs[0], folder)
+  options = {"num_examples": 50, "batch_size": 20, "dequantization": "variational"}
+  options |= {"dequantizer.num_steps": 3}
+  flags = ["--mode=likelihood", *(f"--config.likelihood.{k}={v}" for k, v in options.items())]
+  printed = [succeeded(process) for process in [start(one, *flags), *start_two(two, *flags)]]
+  assert "bits/dim, 50 examples" in printed[1] and "bits/dim" not in printed[2]
+  tables = [dict(np.load(folder / "results" / "likelihood.npz")) for folder in (one, two)]
+  for name, column in tables[0].items():
+    np.testing.assert_array_equal(column, tables[1][name], err_msg=name)
+  assert (np.diff(tables[0]["index"]) > 0).all() and len(tables[0]["index"]) == 50
+  names = lambda folder: sorted(p.name for p in folder.rglob("results/likelihood-*/*"))
+  blocks = [*(f"draw0_{i:05d}.npz" for i in range(3)), "replicates_00000.npz"]
+  assert names(one) == names(two) == blocks
+
+
 @pytest.mark.exhaustive
 def test_two_processes_evaluate_as_one_device(tmp_path):
   one, two = tmp_path / "one", tmp_path / "two"
   for process in [start(one), *start_two(two)]:
     succeeded(process)
   files = lambda workdir: sorted(p.name for p in (workdir / "results").iterdir())
-  assert files(one) == files(two) and len(files(one)) == 8
+  assert files(one) == files(two)
+  assert {"likelihood.npz", "samples.npz", "evaluate.json"} < set(files(one))
   values = lambda workdir, name: np.load(workdir / "results" / f"{name}.npz")
   assert (values(one, "likelihood")["index"] == values(two, "likelihood")["index"]).all()
   bits = [values(workdir, "likelihood")["bits_per_dim"] for workdir in (one, two)]

@@ -155,7 +155,7 @@ def test_start_offset_is_the_decoder_over_the_encoder(x64, name):
 def test_corrected_start_bounds_the_density_of_the_data(x64, name, t_min):
   """Its expectation is below log p(x), by less than sigma^2 / v; the mean of its exponential is the
   density of data noised to t_min and decoded, of variance (alpha v)^2 / (alpha^2 v + sigma^2) +
-  (sigma / alpha)^2.
+  (sigma / alpha)^2 (PITFALLS, row 27).
   """
   sde, law, x = make_sde(name, t_min=t_min), diagonal([0.5], [0.3]), jnp.array([[0.9]])
   alpha, sigma = marginal(sde, sde.t_min)

@@ -131,6 +131,7 @@ TREE = {
     "num_examples": 0,
     "kind": "exact",
     "dequantization": "uniform",
+    "dequantizer": {"num_steps": 500, "batch_size": 64, "learning_rate": 2e-3, "features": 32},
     "num_draws": 1,
     "divergence": "rademacher",
     "num_probes": 1,
