@@ -229,7 +229,7 @@ NAMES = (
   (VARIANCES, "likelihood.variance"),
   (SOLVERS, "likelihood.solver"),
 )
-MAY_BE_ZERO = (
+MAY_BE_ZERO = {
   "seed",
   "skip",
   "warmup_steps",
@@ -245,7 +245,8 @@ MAY_BE_ZERO = (
   "profile_steps",
   "peak_tflops",
   "num_examples",
-)
+  "evaluation.num_samples",
+}
 
 
 def _check_values(config: ConfigDict, num_devices: int) -> None:
@@ -258,7 +259,7 @@ def _check_values(config: ConfigDict, num_devices: int) -> None:
   sections["likelihood.dequantizer"] = config.likelihood.dequantizer
   for section, fields in sections.items():
     for field, value in fields.items():
-      if isinstance(value, int | float) and field not in MAY_BE_ZERO:
+      if isinstance(value, int | float) and not {field, f"{section}.{field}"} & MAY_BE_ZERO:
         positive = value > 0 or isinstance(value, bool)
         check(positive, f"{section}.{field}", value, "a number above 0")
   for section in ("training", "sampling"):

@@ -2,7 +2,7 @@
 
 python main.py [--config=configs/x.py] [--workdir=runs/x]
                [--mode=train|sample|likelihood|evaluate|run|inspect|validate|import]
-               [--config.section.field=value ...]
+               [--wait=minutes] [--config.section.field=value ...]
 """
 
 import os
@@ -13,7 +13,7 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 import settings
-from errors import told
+from errors import check, told
 from evaluation import records
 
 logging.set_verbosity(logging.ERROR)
@@ -52,13 +52,17 @@ def work(config: ConfigDict, workdir: Path, mode: str, wanted: list[str]) -> dic
   import devices
 
   devices.start(flags.FLAGS.coordinator, flags.FLAGS.num_processes, flags.FLAGS.process_id)
-  from evaluation import importing, inspection, jobs, trained, validation
+  from evaluation import importing, inspection, jobs, trained, validation, watch
 
   with devices.ending_together():
     if mode == "import":
       return importing.run(config, workdir)
     if mode in settings.UNTRAINED:
       return {"inspect": inspection.run, "validate": validation.run}[mode](config)
+    if mode == "run" and "evaluate" in wanted:
+      jobs.check_evaluation(config, workdir)  # what it needs is missed before the training
+    if flags.FLAGS.wait:
+      return watch.run(config, workdir, flags.FLAGS.wait)
     job = trained.start(config, workdir, train=mode in ("train", "run"))
     return {name: jobs.JOBS[name](job) for name in wanted}
 
@@ -66,7 +70,9 @@ def work(config: ConfigDict, workdir: Path, mode: str, wanted: list[str]) -> dic
 def main(_: list[str]) -> None:
   """Runs with the flags, now read."""
   with told():
-    run(flags.FLAGS.mode, Path(flags.FLAGS.workdir))
+    wait, mode = flags.FLAGS.wait, flags.FLAGS.mode
+    check(not wait or mode == "evaluate", "--wait", wait, "for --mode=evaluate alone")
+    run(mode, Path(flags.FLAGS.workdir))
 
 
 if __name__ == "__main__":
@@ -77,5 +83,6 @@ if __name__ == "__main__":
   flags.DEFINE_string("coordinator", "", "host:port of process 0, to run on several hosts.")
   flags.DEFINE_integer("num_processes", 1, "How many processes the run has.")
   flags.DEFINE_integer("process_id", 0, "Which of them this is.")
+  flags.DEFINE_float("wait", 0.0, "With --mode=evaluate: minutes to wait for the next checkpoint.")
   flags.DEFINE_enum("mode", "run", settings.MODES, "run: train and all the others.")
   app.run(main)

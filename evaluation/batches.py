@@ -41,20 +41,26 @@ def labels_of(split: data.Batch, index: np.ndarray) -> np.ndarray:
   return split["label"][index] if "label" in split else np.zeros(len(index), np.int32)
 
 
-def draw_samples(
-  experiment: Experiment, params: PyTree, key, num_samples: int
+def drawn(
+  experiment: Experiment, params: PyTree, key: jax.Array, index: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-  """(x [num_samples, *d] in model units, network evaluations of each); sample i depends on (key, i)
-  alone.
+  """(x [n, *d] in model units, network evaluations of each) of the samples with these indices, n of
+  which the devices can share; sample i depends on (key, i) alone.
   """
-  size, xs, nfes = experiment.config.sampling.batch_size, [], []
-  for index, valid in parts(num_samples, size, "sampling"):
-    x, nfe = devices.to_host(experiment.sampler(params, keys_of(key, index)))
-    xs.append(x[:valid])
-    nfes.append(nfe[:valid])
-  x = np.concatenate(xs)
+  x, nfe = devices.to_host(experiment.sampler(params, keys_of(key, index)))
   if not np.isfinite(x).all():
     raise RunError(
       "the sampler left the finite numbers or hit max_steps; use more steps or a smaller tolerance"
     )
-  return x, np.concatenate(nfes)
+  return x, nfe
+
+
+def draw_samples(
+  experiment: Experiment, params: PyTree, key: jax.Array, num_samples: int
+) -> tuple[np.ndarray, np.ndarray]:
+  """The same of the samples 0 .. num_samples - 1, in batches of `sampling.batch_size`."""
+  size, batches = experiment.config.sampling.batch_size, []
+  for index, valid in parts(num_samples, size, "sampling"):
+    batches.append([a[:valid] for a in drawn(experiment, params, key, index)])
+  x, nfe = (np.concatenate(arrays) for arrays in zip(*batches))
+  return x, nfe

@@ -281,7 +281,7 @@ def run(job: Job) -> dict[str, Any]:
   if options.check:
     likelihood_study.run(job)
   begin, held = time.perf_counter(), hold(job)
-  digest = settings.digest(experiment.config, SECTIONS["likelihood"])
+  digest = settings.digest(experiment.config, *SECTIONS["likelihood"])
   blocks = Blocks(job, held, job.workdir / "results" / f"likelihood-step{job.step}-{digest}")
   total = len(blocks.split["image"])
   rows = spread(total, options.num_examples or total)

@@ -172,3 +172,29 @@ def save_loss_per_level(path: Path, log_snrs: np.ndarray, curves: dict[str, np.n
   axis.grid(alpha=0.3)
   axis.legend()
   _save(figure, path)
+
+
+def save_sweep(path: Path, rows: list[dict]) -> None:
+  """Every figure of quality against network evaluations, a line for each sampler and checkpoint."""
+  names = list(rows[0]["quality"])
+  columns = min(3, len(names))
+  shape = -(-len(names) // columns), columns
+  size = 4 * shape[1], 3 * shape[0]
+  figure, axes = plt.subplots(*shape, figsize=size, squeeze=False, layout="constrained")
+  lines = sorted({(row["sampler"], row["checkpoint"]) for row in rows})
+  for axis, name in zip(axes.flat, names):
+    for line in lines:
+      points = sorted(
+        (row["nfe"], row["quality"][name]["value"], row["quality"][name]["standard_error"] or 0.0)
+        for row in rows
+        if (row["sampler"], row["checkpoint"]) == line
+      )
+      nfe, values, errors = zip(*points)
+      axis.errorbar(nfe, values, errors, marker="o", capsize=3, label=f"{line[0]}, step {line[1]}")
+    axis.set_title(name, fontsize=8)
+    axis.set_xlabel("network evaluations")
+    axis.grid(alpha=0.3)
+  for axis in axes.flat[len(names) :]:
+    axis.set_axis_off()
+  axes[0, 0].legend(fontsize=7)
+  _save(figure, path)

@@ -10,15 +10,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from ml_collections import ConfigDict
 
 import devices
 from errors import ConfigError
-from evaluation import bits_per_dim, figures
-from evaluation.batches import draw_samples, spread
+from evaluation import bits_per_dim, figures, sample_quality, samples, sweep
+from evaluation.batches import spread
 from evaluation.denoising import HeldOut, gaussian_predictor_loss
 from evaluation.evidence import standard_error
 from evaluation.trained import Job, training_examples
-from experiment import SOLVES
+from experiment import SOLVES, build
 from sde_lib import example_keys, log_snr, perturb
 
 LARGEST_GAUSSIAN = 4096  # dimensions of an example whose best Gaussian predictor is computed
@@ -29,14 +30,12 @@ def run_sample(job: Job) -> dict[str, Any]:
   processes.
   """
   experiment, options = job.experiment, job.experiment.config.sampling
-  begin = time.perf_counter()
-  x, nfe = draw_samples(experiment, job.params, job.key("sampling"), options.num_samples)
-  seconds = time.perf_counter() - begin
+  values, nfe, seconds = samples.draw(job, options.num_samples)
   if devices.is_first():
     transform, results = experiment.transform, job.workdir / "results"
+    x = np.asarray(transform.forward(jnp.asarray(values)))
     figures.save_samples(results / "samples.png", x, transform)
-    values = np.asarray(transform.inverse(jnp.asarray(x)))
-    np.savez_compressed(results / "samples.npz", image=values.astype(experiment.spec.dtype))
+    np.savez_compressed(results / "samples.npz", image=values)
     if options.sampler not in SOLVES and len(experiment.spec.shape) == 3:
       try:
         _process_figure(job, results / "process.png")
@@ -69,10 +68,9 @@ def _process_figure(job: Job, path: Path, num_images: int = 6, num_frames: int =
   figures.save_process(path, forward, frames[position], log_snrs, experiment.transform)
 
 
-def run_evaluate(job: Job) -> dict[str, Any]:
-  """Denoising loss of a held-out split per noise level, beside predictors without a network."""
+def _held_out_loss(job: Job) -> dict[str, Any]:
+  """The denoising loss of a held-out split per noise level, beside predictors without a network."""
   experiment, options = job.experiment, job.experiment.config.evaluation
-  begin = time.perf_counter()
   held_out = HeldOut(experiment)
   losses, log_snrs, times = held_out.losses(job.params), held_out.log_snrs, held_out.times
   gaussian = np.full(len(times), np.nan)
@@ -88,7 +86,7 @@ def run_evaluate(job: Job) -> dict[str, Any]:
     figures.save_loss_per_level(path, np.asarray(log_snrs), curves)
   columns = np.asarray(log_snrs), np.asarray(times), losses.mean(0), gaussian
   names = "log_snr", "time", "loss", "gaussian_predictor_loss"
-  result = {
+  return {
     "split": options.split,
     "num_examples": len(losses),
     "loss": losses.mean(),
@@ -99,6 +97,22 @@ def run_evaluate(job: Job) -> dict[str, Any]:
     "nfe": options.num_draws * options.num_levels,
     "seed": options.seed,
   }
+
+
+def check_evaluation(config: ConfigDict, workdir: Path) -> None:
+  """Raises the `ConfigError` of whatever `run_evaluate` would not find."""
+  sample_quality.plan(build(config), workdir)
+
+
+def run_evaluate(job: Job) -> dict[str, Any]:
+  """The denoising loss of a held-out split, and the quality of samples."""
+  begin = time.perf_counter()
+  prepared = sample_quality.plan(job.experiment, job.workdir)
+  result = _held_out_loss(job)
+  if prepared:
+    result |= sample_quality.run(job, prepared)
+    if any(job.experiment.config.evaluation.sweep.values()):
+      sweep.run(job, prepared)
   return job.write("evaluate", time.perf_counter() - begin, result)
 
 

@@ -3,6 +3,7 @@ once.
 """
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,12 @@ from ml_collections import ConfigDict
 
 import settings
 
-# mode: the section of the configuration that its result depends on, beside the training
-SECTIONS = {"sample": "sampling", "likelihood": "likelihood", "evaluate": "evaluation"}
+# mode: the sections of the configuration that its result depends on, beside the training
+SECTIONS = {
+  "sample": ("sampling",),
+  "likelihood": ("likelihood",),
+  "evaluate": ("evaluation", "sampling"),
+}
 
 # of a likelihood record: its number, and how it is called
 MEASURES = {"bits_per_dim": "bits/dim", "log_density_nats": "log-density in nats"}
@@ -25,13 +30,33 @@ def result_path(workdir: Path, mode: str) -> Path:
 def finished(config: ConfigDict, workdir: Path) -> dict[str, dict[str, Any]]:
   """{mode: record} of the results that belong to this configuration at the end of its training."""
   records = {}
-  for mode, section in SECTIONS.items():
+  for mode, sections in SECTIONS.items():
     path = result_path(workdir, mode)
     record = json.loads(path.read_text()) if path.is_file() else {}
-    wanted = settings.digest(config, section), config.training.num_steps
+    wanted = settings.digest(config, *sections), config.training.num_steps
     if (record.get("config_digest"), record.get("checkpoint_step")) == wanted:
       records[mode] = record
   return records
+
+
+def figure_of(name: str) -> tuple[str, str]:
+  """("kid", "5k_test_inception") of "kid5k_test_inception"."""
+  return re.fullmatch(r"(.*?)_?(\d+k?_.*)", name).groups()
+
+
+def _quality(record: dict[str, Any]) -> list[tuple]:
+  """Rows of the figures of samples beside those of real examples in their place."""
+  figures, floor = record.get("quality", {}), record.get("floor", {})
+  if not figures:
+    return []
+  real = {figure_of(name)[0]: figure["value"] for name, figure in floor.items()}
+  _, label = figure_of(next(iter(figures)))
+  rows = [(f"quality of samples, {label}", "", "real data", None)]
+  for name, figure in figures.items():
+    kind, error = figure_of(name)[0], figure["standard_error"]
+    value = f"{figure['value']:.3g}" + ("" if error is None else f" ± {error:.2g}")
+    rows.append((f"  {kind}", value, f"{real[kind]:.3g}" if kind in real else "", None))
+  return rows
 
 
 def summary(records: dict[str, dict[str, Any]], workdir: Path) -> str:
@@ -54,6 +79,7 @@ def summary(records: dict[str, dict[str, Any]], workdir: Path) -> str:
     )
     if r["gaussian_predictor_loss"] == r["gaussian_predictor_loss"]:
       rows.append(("  best Gaussian predictor", f"{r['gaussian_predictor_loss']:.4f}", "", None))
+    rows += _quality(r)
   if r := records.get("sample"):
     rows.append((f"samples ({r['sampler']})", str(r["num_samples"]), f"NFE {r['nfe']}", r))
   lines = [

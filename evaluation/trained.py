@@ -56,7 +56,7 @@ class Job:
       **result,
       "seconds": round(seconds, 3),
       "checkpoint_step": self.step,
-      "config_digest": settings.digest(config, SECTIONS[mode]),
+      "config_digest": settings.digest(config, *SECTIONS[mode]),
       "config": json.loads(config.to_json()),
       "versions": {"python": platform.python_version()}
       | {p: importlib.metadata.version(p) for p in PACKAGES},
@@ -97,9 +97,9 @@ def start(config: ConfigDict, workdir: Path, *, train: bool) -> Job:
   if not train:
     mend = f"train first: python main.py --mode=train --workdir={workdir}"
     check(step is not None, "--workdir", str(workdir), "a folder with a checkpoint", mend)
-    with Checkpoints(folder, read_only=True) as checkpoints:
-      params = _restore(experiment, checkpoints, step, workdir)
-    return Job(experiment, params, step, workdir)
+    job = at_step(experiment, workdir, step)
+    print(f"restored the EMA weights of step {step}", flush=True)
+    return job
   total, spec = config.training.num_steps, experiment.spec
   legal, mend = f"{step} or more: so far {workdir} was trained", "choose another --workdir"
   check((step or 0) <= total, "training.num_steps", total, legal, mend)
@@ -140,13 +140,15 @@ def _train(experiment: Experiment, workdir: Path) -> Job:
   return Job(experiment, params, settings_.num_steps, workdir)
 
 
-def _restore(experiment: Experiment, checkpoints: Checkpoints, step: int, workdir: Path) -> PyTree:
-  """The average of the parameters that `config.ema` chooses."""
+def at_step(experiment: Experiment, workdir: Path, step: int) -> Job:
+  """The average of the parameters at a checkpoint that `config.ema` chooses."""
   settings_ = experiment.config.ema
   if settings_.post_hoc:
-    return _post_hoc(experiment, step, workdir)
-  print(f"restored the EMA weights of step {step}", flush=True)
-  return checkpoints.restore_item(step, average(settings_.use), experiment.abstract_ema())
+    return Job(experiment, _post_hoc(experiment, step, workdir), step, workdir)
+  with Checkpoints(workdir / "checkpoints", read_only=True) as checkpoints:
+    item = average(settings_.use)
+    params = checkpoints.restore_item(step, item, experiment.abstract_ema())
+  return Job(experiment, params, step, workdir)
 
 
 def _post_hoc(experiment: Experiment, step: int, workdir: Path) -> PyTree:

@@ -26,6 +26,9 @@ TINY = {
   "evaluation.batch_size": 160,
   "evaluation.num_levels": 3,
   "evaluation.num_draws": 1,
+  "evaluation.metrics": ("fid",),
+  "evaluation.features": "pixels",
+  "evaluation.num_samples": 12,
 }
 
 

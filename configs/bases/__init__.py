@@ -155,6 +155,11 @@ TREE = {
     "num_levels": 20,
     "num_draws": 2,
     "seed": 0,
+    "metrics": ("fid", "kid", "precision_recall", "memorization"),
+    "features": "auto",
+    "reference": "test",
+    "num_samples": 0,
+    "sweep": {"checkpoints": (), "samplers": (), "num_steps": ()},
   },
   "import_": {"path": "", "weights": "ema"},
 }
@@ -176,6 +181,7 @@ PUBLISHED = {
     "batch_size": 64,
   },
   "likelihood": {"batch_size": 64},
+  "evaluation": {"features": "inception", "reference": "train", "num_samples": 50_000},
 }
 
 FLIPPED = {"data": {"flip": True}}

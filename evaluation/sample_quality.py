@@ -1,0 +1,224 @@
+"""Sample quality: metrics of generated against reference examples in the features of a network,
+beside what real examples reach in the samples' place.
+"""
+
+import hashlib
+import shutil
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+import devices
+import settings
+from data_sources.cache import data_dir
+from errors import check, lookup
+from evaluation import fid, inception_score, memorization, metrics, modes, samples
+from evaluation.batches import spread
+from evaluation.estimate import Estimate
+from evaluation.features import Extractor, Outputs, extract, make_extractor
+from evaluation.trained import Job
+from experiment import Experiment
+
+FIELD = "evaluation.metrics"
+MOST_TRAINING = 50_000  # training examples that samples are compared to
+
+
+class Sets(NamedTuple):
+  """What a metric may look at: the outputs of the feature network."""
+
+  generated: Outputs
+  reference: Outputs
+  training: Outputs
+
+
+def _of_features(name: str) -> metrics.Metric:
+  """A metric of two sets of features, handed `Sets`."""
+  function, needed = metrics.METRICS[name]
+  return metrics.Metric(lambda s: function(s.generated.features, s.reference.features), needed)
+
+
+def _modes(sets: Sets) -> dict[str, Estimate]:
+  """The classes that the feature network sees, against their frequencies in the reference."""
+  seen, expected = (o.probabilities.argmax(1) for o in (sets.generated, sets.reference))
+  classes = sets.reference.probabilities.shape[1]
+  return modes.count_modes(seen, np.bincount(expected, minlength=classes))
+
+
+def _memorization(sets: Sets) -> dict[str, Estimate]:
+  s = sets
+  parts = s.generated.features, s.training.features, s.reference.features
+  return memorization.memorization(*parts).estimates
+
+
+# of class probabilities, which not every feature network has
+OF_CLASSES = {
+  "inception_score": metrics.Metric(
+    lambda sets: inception_score.inception_score(sets.generated.probabilities),
+    lambda d: 2 * inception_score.NUM_SPLITS,
+  ),
+  "modes": metrics.Metric(_modes, lambda d: 1),
+}
+
+# evaluation.metrics: (Sets -> figures by name, samples needed given the number of features)
+QUALITY: dict[str, metrics.Metric] = {
+  **{name: _of_features(name) for name in metrics.METRICS},
+  **OF_CLASSES,
+  "memorization": metrics.Metric(_memorization, lambda d: memorization.NEEDED),
+}
+
+
+class Plan(NamedTuple):
+  """Everything that the metrics need but the samples."""
+
+  extractor: Extractor
+  num_samples: int
+  reference: Outputs
+  training: Outputs
+  label: str  # what is compared with what: "297_test_classifier"
+
+  def measure(self, names: tuple[str, ...], generated: Outputs) -> dict[str, Estimate]:
+    """The figures of these metrics by their full names."""
+    sets, figures = Sets(generated, self.reference, self.training), {}
+    for name in names:
+      figures |= QUALITY[name].function(sets)
+    return {_full_name(name, self.label): figure for name, figure in figures.items()}
+
+
+# what some figures are called in the features of the FID network, and only there
+PUBLISHED_NAMES = {
+  "frechet_distance_infinity": "fid_infinity",
+  "frechet_distance": "fid",
+  "kernel_distance": "kid",
+}
+
+
+def _full_name(figure: str, label: str) -> str:
+  """A figure with the number of samples, the reference and the features:
+  `frechet_distance_297_test_classifier`; `fid5k_test_inception`.
+  """
+  if label.endswith(("_inception", "_inception_clean")) and figure in PUBLISHED_NAMES:
+    return f"{PUBLISHED_NAMES[figure]}{label}"
+  return f"{figure}_{label}"
+
+
+def _count(n: int) -> str:
+  return f"{n // 1000}k" if n % 1000 == 0 else str(n)
+
+
+def features_name(experiment: Experiment) -> str:
+  """`evaluation.features`; "auto" is a classifier where the data have classes, else random
+  convolutions.
+  """
+  name = experiment.config.evaluation.features
+  if name != "auto":
+    return name
+  return "classifier" if experiment.spec.num_classes > 1 else "random_conv"
+
+
+def _real(experiment: Experiment, extractor: Extractor, split: str, most: int = 0) -> Outputs:
+  """The outputs of (at most `most`) examples of a split, computed once and kept in a file that is
+  named by their values and by what the extractor depends on.
+  """
+  stored = experiment.dataset.splits[split]["image"]
+  values = np.ascontiguousarray(stored[spread(len(stored), most or len(stored))])
+  key = hashlib.sha256(f"{extractor.identity} {values.shape} {values.dtype}".encode())
+  key.update(values.data)
+  folder = data_dir(experiment.config.data) / "features"
+  path = folder / f"{split}-{len(values)}-{key.hexdigest()[:16]}.npz"
+  devices.wait_for_all("features")
+  if not path.is_file():
+    outputs = extract(extractor, values, experiment.config.evaluation.batch_size)
+    if devices.is_first():
+      folder.mkdir(parents=True, exist_ok=True)
+      present = {n: a for n, a in outputs._asdict().items() if a is not None}
+      with settings.written_whole(path) as temporary, open(temporary, "wb") as file:
+        np.savez(file, **present)
+    devices.wait_for_all("features are written")
+  return Outputs(**np.load(path))
+
+
+def _check_room(workdir: Path, experiment: Experiment, num_samples: int) -> None:
+  """The samples fit on the disk."""
+  there = next(p for p in (workdir, *workdir.absolute().parents) if p.exists())
+  needed = num_samples * experiment.num_dims * experiment.spec.dtype.itemsize
+  free, mend = shutil.disk_usage(there).free, "make room or lower evaluation.num_samples"
+  legal = f"samples that fit on the disk: {needed / 2**30:.2f} GiB, {free / 2**30:.2f} are free"
+  check(needed < free, "evaluation.num_samples", num_samples, legal, mend)
+
+
+def plan(experiment: Experiment, workdir: Path) -> Plan | None:
+  """Checks all that can be missing before a sample is drawn and computes the reference; None
+  without metrics.
+  """
+  options = experiment.config.evaluation
+  if not options.metrics:
+    return None
+  for name in options.metrics:
+    lookup(QUALITY, name, FIELD)
+  lookup(dict.fromkeys(experiment.spec.splits), options.reference, "evaluation.reference")
+  extractor = make_extractor(experiment, features_name(experiment))
+  reference = _real(experiment, extractor, options.reference)
+  count, width = reference.features.shape
+  num_samples = options.num_samples or count
+  _check_room(workdir, experiment, num_samples)
+  mend = "take another evaluation.features, or leave it out of evaluation.metrics"
+  for name in options.metrics:
+    needed = QUALITY[name].needed(width)
+    legal = f"{needed} or more for {name}; the {options.reference} split has {count} examples"
+    few, leave_out = min(num_samples, count), f"leave {name} out of {FIELD}"
+    check(few >= needed, "evaluation.num_samples", num_samples, legal, leave_out)
+    has_classes = name not in OF_CLASSES or reference.probabilities is not None
+    check(has_classes, FIELD, name, f"for features with classes, not {extractor.name}", mend)
+  training = _real(experiment, extractor, "train", MOST_TRAINING)
+  label = f"{_count(num_samples)}_{options.reference}_{extractor.name.replace(':', '.')}"
+  return Plan(extractor, num_samples, reference, training, label)
+
+
+def _rows(outputs: Outputs, rows: np.ndarray) -> Outputs:
+  return Outputs(*(None if a is None else a[rows] for a in outputs))
+
+
+def floor(job: Job, prepared: Plan) -> dict[str, Estimate]:
+  """The figures that real examples reach in the samples' place: training ones, where those are the
+  reference the held-out ones.
+  """
+  options, examples = job.experiment.config.evaluation, prepared.training
+  if options.reference == "train":
+    examples = _real(job.experiment, prepared.extractor, options.split)
+  rows = spread(len(examples.features), prepared.num_samples)
+  label = f"{_count(len(rows))}_{prepared.label.partition('_')[2]}"
+  names = tuple(name for name in options.metrics if name != "memorization")
+  return prepared._replace(label=label).measure(names, _rows(examples, rows))
+
+
+def self_test(prepared: Plan) -> dict[str, Estimate]:
+  """The Fréchet distance of one half of the training examples to the other."""
+  examples = prepared.training.features
+  halves = examples[::2], examples[1::2]
+  label = f"{_count(len(halves[0]))}_train_half_{prepared.extractor.name}"
+  figure = fid.fid(*halves)["frechet_distance"]
+  return {_full_name("frechet_distance", label): figure}
+
+
+def run(job: Job, prepared: Plan) -> dict[str, Any]:
+  """Draws the samples and measures them: what the record of the job holds of it."""
+  options, begin = job.experiment.config.evaluation, time.perf_counter()
+  drawn = samples.draw(job, prepared.num_samples)
+  outputs = extract(prepared.extractor, drawn.values, options.batch_size)
+  figures = {
+    "quality": prepared.measure(options.metrics, outputs),
+    "floor": floor(job, prepared),
+    "self_test": self_test(prepared),
+  }
+  return {
+    **{of: {name: f._asdict() for name, f in some.items()} for of, some in figures.items()},
+    "features": prepared.extractor.identity,
+    "num_samples": prepared.num_samples,
+    "reference": f"{options.reference}, {len(prepared.reference.features)} examples",
+    "sampler": job.experiment.config.sampling.sampler,
+    "sampler_nfe": int(drawn.nfe.max()),
+    "seconds_sampling": round(drawn.seconds, 3),
+    "seconds_quality": round(time.perf_counter() - begin, 3),
+  }

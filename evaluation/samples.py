@@ -1,0 +1,69 @@
+"""Samples of a trained network, drawn by index and kept in files: a killed job goes on, more are
+added to those that are there, those of another checkpoint or sampler lie in another folder.
+"""
+
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+import devices
+import settings
+from evaluation.batches import drawn
+from evaluation.trained import Job
+
+
+class Samples(NamedTuple):
+  """`values` [n, *d] as the data set stores them, network evaluations `nfe` [n] of each, `seconds`
+  that their drawing took.
+  """
+
+  values: np.ndarray
+  nfe: np.ndarray
+  seconds: float
+
+
+def _folder(job: Job) -> Path:
+  """That of all samples of the same checkpoint and sampler, however many."""
+  config = job.experiment.config.copy_and_resolve_references()
+  with config.unlocked():
+    config.sampling.num_samples = 0
+  digest = settings.digest(config, "sampling")
+  return job.workdir / "results" / f"samples-step{job.step}-{digest}"
+
+
+def _draw(job: Job, block: int, path: Path) -> None:
+  """Draws the samples of a block and writes them whole."""
+  size, transform = job.experiment.config.sampling.batch_size, job.experiment.transform
+  begin = time.perf_counter()
+  x, nfe = drawn(job.experiment, job.params, job.key("sampling"), block * size + np.arange(size))
+  seconds = time.perf_counter() - begin
+  if not devices.is_first():
+    return
+  values = np.asarray(transform.inverse(jnp.asarray(x))).astype(job.experiment.spec.dtype)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  with settings.written_whole(path) as temporary, open(temporary, "wb") as file:
+    np.savez(file, values=values, nfe=nfe, seconds=seconds)
+
+
+def draw(job: Job, num_samples: int) -> Samples:
+  """The samples 0 .. num_samples - 1, of which those that are in no file are drawn now; sample i
+  depends on the seed and i alone. Several hosts share a file system.
+  """
+  size, folder = job.experiment.config.sampling.batch_size, _folder(job)
+  paths = [folder / f"{block:06d}.npz" for block in range(-(-num_samples // size))]
+  devices.wait_for_all("samples")
+  missing = [block for block, path in enumerate(paths) if not path.is_file()]
+  devices.wait_for_all("samples are listed")
+  done = len(paths) - len(missing)
+  options = {"unit": "block", "desc": "sampling", "disable": devices.no_bar() if missing else True}
+  for block in tqdm(missing, initial=done, total=len(paths), **options):
+    _draw(job, block, paths[block])
+  devices.wait_for_all("samples are written")
+  blocks = [dict(np.load(path)) for path in paths]
+  join = lambda name: np.concatenate([block[name] for block in blocks])[:num_samples]
+  share = num_samples / (len(blocks) * size)
+  return Samples(join("values"), join("nfe"), share * sum(float(b["seconds"]) for b in blocks))
