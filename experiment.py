@@ -227,6 +227,7 @@ NAMES = (
   (DIVERGENCES, "likelihood.divergence"),
   (STARTS, "likelihood.start"),
   (VARIANCES, "likelihood.variance"),
+  (dict.fromkeys(("discretized", "fitted")), "likelihood.decoder"),
   (SOLVERS, "likelihood.solver"),
 )
 MAY_BE_ZERO = {
@@ -271,9 +272,11 @@ def _check_values(config: ConfigDict, num_devices: int) -> None:
     check(size % num_devices == 0, f"{section}.batch_size", size, legal, mend)
 
 
-def _check_likelihood(config: ConfigDict) -> None:
-  """The bound of the chain encodes nothing."""
+def _check_likelihood(config: ConfigDict, levels: int) -> None:
+  """The bound of the chain encodes nothing; a fitted decoder is one of levels."""
   options = config.likelihood
+  legal = "'discretized': continuous data have no levels"
+  check(bool(levels) or options.decoder != "fitted", "likelihood.decoder", "fitted", legal)
   legal = f"False with likelihood.kind={options.kind}: only kind=exact encodes the examples"
   keeps = options.save_latents and options.kind != "exact"
   check(not keeps, "likelihood.save_latents", True, legal)
@@ -394,7 +397,6 @@ def outline(config: ConfigDict, spec: data.Spec | None = None) -> Outline:
     spec: what the data were when the network was trained; None: asks them.
   """
   _check_values(config, jax.device_count())
-  _check_likelihood(config)
   variants = "each process has its own sde.args: choose a variant, --config=<file>:<process>"
   _check_arguments("sde.args", config.sde.args, SDES[config.sde.name], variants)
   sde = make_sde(config.sde.name, **config.sde.args)
@@ -404,6 +406,7 @@ def outline(config: ConfigDict, spec: data.Spec | None = None) -> Outline:
     others = ", ".join(sorted(C_NOISE.keys() - tabled))
     raise invalid("parameterization.c_noise", c_noise, f"{others}: {config.sde.name!r} has no grid")
   model, spec = _make_model(config.model), spec or data.declared(config.data)
+  _check_likelihood(config, spec.levels)
   _check_training(config, sde, model, spec)
   for section in ("likelihood", "evaluation"):
     lookup(dict.fromkeys(spec.splits), config[section].split, f"{section}.split")

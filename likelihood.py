@@ -251,6 +251,7 @@ def variational_bound(
   transform: Transform | None,
   clip: bool = False,
   labels: Int[Array, " b"] | None = None,
+  decoder: Callable[[Float[Array, "b *d"]], Float[Array, " b"]] | None = None,
 ) -> VariationalBound:
   """Upper bound on -log p(x) of a discrete chain, as `sampling.ancestral` draws from it (Ho et al.
   2020, eq. 5 and 13); one draw of the noise and one network evaluation for each level.
@@ -260,6 +261,8 @@ def variational_bound(
       no levels, any values.
     variance: of the reverse steps, a name in `parameterization.VARIANCES`.
     clip: keep the predicted data in [-1, 1], as the code of the paper does.
+    decoder: log p(x_0 | x_1) given the predicted data, in place of the discretized Gaussian; one
+      network evaluation more.
   """
   keys, times = example_keys(key, x.shape[0]), level_times(sde)
 
@@ -268,7 +271,13 @@ def variational_bound(
     prediction = predict(noise_fn, noised, times[level], labels, variance)
     return level_term(sde, x, noised, prediction, level, transform, clip)
 
-  return VariationalBound(prior_term(sde, x), jax.lax.map(term, jnp.arange(len(times))))
+  terms = jax.lax.map(term, jnp.arange(len(times)))
+  if decoder is not None:
+    (alpha, sigma), t = marginal(sde, times[0]), jnp.full(len(x), times[0])
+    noised = perturb(sde, x, normal(fold_in(keys, 0), x.shape), times[0])
+    predicted = (noised - sigma * noise_fn(noised, t, labels)) / alpha
+    terms = terms.at[0].set(-decoder(predicted))
+  return VariationalBound(prior_term(sde, x), terms)
 
 
 def importance_weighted(

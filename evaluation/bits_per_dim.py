@@ -2,7 +2,6 @@
 goes on and any number of devices gives the same bits.
 """
 
-import dataclasses
 import functools
 import time
 from collections.abc import Callable
@@ -17,18 +16,17 @@ from tqdm import tqdm
 
 import devices
 import settings
-from dequantization import importance_bound, matched
+from dequantization import importance_bound
 from errors import RunError
-from evaluation import dequantizer, figures, latents, likelihood_study
+from evaluation import decoder, dequantizer, figures, latents, likelihood_study
 from evaluation.batches import keys_of, labels_of, spread
-from evaluation.evidence import OPTIONS, Held, exact, hold, process, standard_error, unit
+from evaluation.evidence import OPTIONS, Held, chain, exact, hold, process, standard_error, unit
 from evaluation.mixture import mixture_log_prob
 from evaluation.records import SECTIONS
 from evaluation.trained import Job, training_examples
 from experiment import Experiment
 from likelihood import variational_bound
-from sampling import time_grid
-from sde_lib import SDE, fold_in
+from sde_lib import fold_in
 
 Columns = dict[str, np.ndarray]
 LARGEST_MIXTURE = 512  # dimensions of an example
@@ -46,36 +44,29 @@ def _exact(experiment: Experiment, held: Held, draws, probes, k, labels) -> dict
   return columns
 
 
-def _chain(experiment: Experiment) -> SDE:
-  """The process as a chain: at its own levels, else at levels even in log-SNR. A network trained on
-  dequantized values knows no noise far below a bin: there the chain ends where half a bin is two
-  standard deviations.
-  """
-  sde, num_levels = experiment.sde, experiment.config.likelihood.num_levels
-  if sde.times is not None:
-    return sde
-  with jax.ensure_compile_time_eval():
-    if experiment.transform.levels and experiment.config.training.dequantize:
-      sde = matched(sde, experiment.transform, bound=2.0)
-    times = np.asarray(time_grid(sde, num_levels - 1, "log_snr")[::-1], np.float64)
-  return dataclasses.replace(sde, times=times)
-
-
 def _variational(experiment: Experiment, held: Held, draws, probes, k, labels) -> dict[str, Array]:
   """The variational bound of the chain, one draw of the noise at every level."""
   options = experiment.config.likelihood
-  chain, transform = _chain(experiment), experiment.transform
+  levels, transform = chain(experiment), experiment.transform
+  fitted = None
+  if held.decoder is not None:
+    fitted = lambda predicted: decoder.log_prob(held.decoder, predicted, k, transform)
   bound = variational_bound(
     draws,
-    chain,
+    levels,
     experiment.noise_fn(held.params),
     transform.forward(k),
     variance=options.variance,
     transform=transform if transform.levels else None,
     labels=experiment.labels(labels),
+    decoder=fitted,
   )
   terms = {"prior": bound.prior, "decoder": bound.terms[0], "terms": bound.terms.T}
-  return {"log_weight": -bound.total, "nfe": jnp.full(len(k), len(chain.times)), **terms}
+  return {
+    "log_weight": -bound.total,
+    "nfe": jnp.full(len(k), len(levels.times) + (fitted is not None)),
+    **terms,
+  }
 
 
 # likelihood.kind: (what is computed, how a result calls it)
@@ -213,10 +204,10 @@ def _description(experiment: Experiment) -> dict[str, Any]:
   if experiment.transform.levels:
     about["trained_on"] = "dequantized values" if config.training.dequantize else "centres of bins"
   if options.kind == "variational":
-    chain = _chain(experiment)
-    levels = {"t_min": chain.t_min, "num_levels": len(chain.times)}
-    levels |= {"lowest_level": float(chain.times[0]), "variance": options.variance}
-    return about | levels | {"dequantization": "none: discretized decoder"}
+    times = chain(experiment).times
+    levels = {"num_levels": len(times)}
+    levels |= {"lowest_level": float(times[0]), "variance": options.variance}
+    return about | levels | {"dequantization": f"none: {options.decoder} decoder"}
   used = {name: options[name] for name in ("control", *OPTIONS)}
   law = dequantizer.description(experiment)
   return about | {"t_min": process(experiment).t_min, **used, "dequantization": law}

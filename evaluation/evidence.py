@@ -2,8 +2,10 @@
 example, the unit that it is reported in, the standard error of a mean.
 """
 
+import dataclasses
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PyTree
@@ -11,11 +13,13 @@ from jaxtyping import Array, PyTree
 import devices
 from dequantization import bits_of_bound, matched
 from divergence import GaussianControl, fit_control
+from evaluation import decoder
 from evaluation.dequantizer import law, trained_law
 from evaluation.trained import Job, training_examples
 from experiment import Experiment
 from likelihood import LogLikelihood, log_likelihood
 from parameterization import make_score_fn
+from sampling import time_grid
 from sde_lib import SDE, Keys
 
 # of config.likelihood: what `log_likelihood` takes
@@ -28,14 +32,38 @@ class Held(NamedTuple):
   params: PyTree
   trained: PyTree | None  # of the law of dequantization
   control: GaussianControl | None
+  decoder: np.ndarray | None  # the table of a fitted one
 
 
 def hold(job: Job) -> Held:
   """On the host; all hosts call it."""
   params = devices.to_host(job.params)
-  wanted = job.experiment.config.likelihood.control
-  control = fit_control(training_examples(job)) if wanted else None
-  return Held(params, trained_law(job, params), control)
+  options = job.experiment.config.likelihood
+  control = fit_control(training_examples(job)) if options.control else None
+  wanted = options.kind == "variational" and options.decoder == "fitted"
+  table = decoder.fitted(job, chain(job.experiment), params) if wanted else None
+  return Held(params, trained_law(job, params), control, table)
+
+
+# likelihood.decoder: the lowest level of a chain, where half a bin is so many standard deviations
+# of the noise
+DECODERS = {"discretized": 1.5, "fitted": 0.5}
+
+
+def chain(experiment: Experiment) -> SDE:
+  """The process as a chain: at its own levels, else at levels even in log-SNR down to where noise
+  can be told from the bins' width. A network that was trained on dequantized values knows no noise
+  far below a bin.
+  """
+  sde, options = experiment.sde, experiment.config.likelihood
+  if sde.times is not None:
+    return sde
+  with jax.ensure_compile_time_eval():
+    fitted = options.decoder == "fitted"
+    if experiment.transform.levels and (experiment.config.training.dequantize or fitted):
+      sde = matched(sde, experiment.transform, bound=DECODERS[options.decoder])
+    times = np.asarray(time_grid(sde, options.num_levels - 1, "log_snr")[::-1], np.float64)
+  return dataclasses.replace(sde, times=times)
 
 
 def process(experiment: Experiment) -> SDE:

@@ -14,7 +14,7 @@ import devices
 from data import Transform
 from dequantization import Dequantizer
 from errors import ConfigError, RunError
-from evaluation import bits_per_dim, dequantizer, trained
+from evaluation import bits_per_dim, decoder, dequantizer, trained
 from evaluation.batches import spread
 from experiment import NAMES, build
 from likelihood import log_likelihood
@@ -215,6 +215,23 @@ def test_several_draws_tighten_the_bound(job, straight, tmp_path):
   record = bits_per_dim.run(with_options(job, tmp_path, num_draws=3))
   assert record["bits_per_dim"] < straight[0]["bits_per_dim"]
   assert record["standard_error_draws"] < straight[0]["standard_error_draws"]
+
+
+def test_a_fitted_decoder_is_made_once_and_is_a_law(job, tmp_path, monkeypatch):
+  options = {"kind": "variational", "num_levels": 50, "save_latents": False}
+  gaussian = bits_per_dim.run(with_options(job, tmp_path / "gaussian", **options))
+  options |= {"decoder": "fitted"}
+  record = bits_per_dim.run(with_options(job, tmp_path / "one", **options))
+  assert record["dequantization"] == "none: fitted decoder" and record["nfe_mean"] == 51
+  assert record["lowest_level"] > gaussian["lowest_level"]
+  assert record["bits_per_dim"] < gaussian["bits_per_dim"] - 0.1
+  bits_per_dim.run(with_options(job, tmp_path / "two", 2, **options))
+  assert_same(table_of(tmp_path / "one"), table_of(tmp_path / "two"))
+  monkeypatch.setattr(decoder, "_fit", None)
+  (path,) = (tmp_path / "one" / "results").glob("decoder-*.npy")
+  np.testing.assert_allclose(np.exp(np.load(path).astype(np.float64)).sum(1), 1, rtol=1e-5)
+  again = with_options(job, tmp_path / "one", **options)
+  assert np.isfinite(decoder.fitted(again, None, job.params)).all()
 
 
 def test_the_variational_bound_is_a_kind_of_its_own(job, straight, tmp_path):

@@ -139,6 +139,7 @@ TREE = {
     "start": "none",
     "num_levels": 1000,
     "variance": "posterior",
+    "decoder": "discretized",
     "save_latents": False,
     "check": False,
     "solver": "tsit5",
