@@ -52,7 +52,7 @@ def work(config: ConfigDict, workdir: Path, mode: str, wanted: list[str]) -> dic
   import devices
 
   devices.start(flags.FLAGS.coordinator, flags.FLAGS.num_processes, flags.FLAGS.process_id)
-  from evaluation import importing, inspection, jobs, trained, validation, watch
+  from evaluation import importing, inspection, jobs, page, trained, validation, watch
 
   with devices.ending_together():
     if mode == "import":
@@ -64,7 +64,10 @@ def work(config: ConfigDict, workdir: Path, mode: str, wanted: list[str]) -> dic
     if flags.FLAGS.wait:
       return watch.run(config, workdir, flags.FLAGS.wait)
     job = trained.start(config, workdir, train=mode in ("train", "run"))
-    return {name: jobs.JOBS[name](job) for name in wanted}
+    results = {name: jobs.JOBS[name](job) for name in wanted}
+    if results and devices.is_first():
+      page.write(workdir)
+    return results
 
 
 def main(_: list[str]) -> None:

@@ -193,6 +193,7 @@ def save_sweep(path: Path, rows: list[dict]) -> None:
       axis.errorbar(nfe, values, errors, marker="o", capsize=3, label=f"{line[0]}, step {line[1]}")
     axis.set_title(name, fontsize=8)
     axis.set_xlabel("network evaluations")
+    axis.xaxis.get_major_locator().set_params(integer=True)
     axis.grid(alpha=0.3)
   for axis in axes.flat[len(names) :]:
     axis.set_axis_off()

@@ -41,7 +41,7 @@ def finished(config: ConfigDict, workdir: Path) -> dict[str, dict[str, Any]]:
 
 def figure_of(name: str) -> tuple[str, str]:
   """("kid", "5k_test_inception") of "kid5k_test_inception"."""
-  return re.fullmatch(r"(.*?)_?(\d+k?_.*)", name).groups()
+  return re.fullmatch(r"(.*?)_?(\d+k?_\D.*)", name).groups()
 
 
 def _quality(record: dict[str, Any]) -> list[tuple]:
@@ -94,6 +94,6 @@ def summary(records: dict[str, dict[str, Any]], workdir: Path) -> str:
       rule,
       *lines,
       rule,
-      f"pictures and records: {workdir}/results/",
+      f"pictures and records: {workdir}/results/index.html",
     ]
   )
