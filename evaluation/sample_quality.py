@@ -31,6 +31,7 @@ class Sets(NamedTuple):
   generated: Outputs
   reference: Outputs
   training: Outputs
+  held_out: Outputs
 
 
 def _of_features(name: str) -> metrics.Metric:
@@ -48,7 +49,7 @@ def _modes(sets: Sets) -> dict[str, Estimate]:
 
 def _memorization(sets: Sets) -> dict[str, Estimate]:
   s = sets
-  parts = s.generated.features, s.training.features, s.reference.features
+  parts = s.generated.features, s.training.features, s.held_out.features
   return memorization.memorization(*parts).estimates
 
 
@@ -76,11 +77,12 @@ class Plan(NamedTuple):
   num_samples: int
   reference: Outputs
   training: Outputs
+  held_out: Outputs  # the reference, where that are the training examples `evaluation.split`
   label: str  # what is compared with what: "297_test_classifier"
 
   def measure(self, names: tuple[str, ...], generated: Outputs) -> dict[str, Estimate]:
     """The figures of these metrics by their full names."""
-    sets, figures = Sets(generated, self.reference, self.training), {}
+    sets, figures = Sets(generated, self.reference, self.training, self.held_out), {}
     for name in names:
       figures |= QUALITY[name].function(sets)
     return {_full_name(name, self.label): figure for name, figure in figures.items()}
@@ -172,8 +174,10 @@ def plan(experiment: Experiment, workdir: Path) -> Plan | None:
     has_classes = name not in OF_CLASSES or reference.probabilities is not None
     check(has_classes, FIELD, name, f"for features with classes, not {extractor.name}", mend)
   training = _real(experiment, extractor, "train", MOST_TRAINING)
+  of_training = options.reference == "train"
+  held_out = _real(experiment, extractor, options.split) if of_training else reference
   label = f"{_count(num_samples)}_{options.reference}_{extractor.name.replace(':', '.')}"
-  return Plan(extractor, num_samples, reference, training, label)
+  return Plan(extractor, num_samples, reference, training, held_out, label)
 
 
 def _rows(outputs: Outputs, rows: np.ndarray) -> Outputs:
@@ -184,9 +188,8 @@ def floor(job: Job, prepared: Plan) -> dict[str, Estimate]:
   """The figures that real examples reach in the samples' place: training ones, where those are the
   reference the held-out ones.
   """
-  options, examples = job.experiment.config.evaluation, prepared.training
-  if options.reference == "train":
-    examples = _real(job.experiment, prepared.extractor, options.split)
+  options = job.experiment.config.evaluation
+  examples = prepared.held_out if options.reference == "train" else prepared.training
   rows = spread(len(examples.features), prepared.num_samples)
   label = f"{_count(len(rows))}_{prepared.label.partition('_')[2]}"
   names = tuple(name for name in options.metrics if name != "memorization")

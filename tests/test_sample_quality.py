@@ -162,6 +162,19 @@ def test_perfect_samples_reach_the_floor_and_noise_does_not(job):
   assert noise["precision_40_test_pixels"].value < 0.1 < real["precision_40_test_pixels"].value
 
 
+def test_of_the_training_split_the_held_out_one_is_the_floor(job):
+  """Training examples in the samples' place are copies of it, held-out ones are none."""
+  prepared = plan_of(job, evaluation__reference="train")
+  assert prepared.label == "40_train_pixels" and len(prepared.reference.features) == 1500
+  assert len(prepared.held_out.features) == 297
+  copies = prepared.measure(("memorization",), Outputs(prepared.training.features[:40]))
+  assert copies["copied_40_train_pixels"].value == 1
+  held_out = prepared.measure(("memorization",), Outputs(prepared.held_out.features[:40]))
+  assert held_out["copied_40_train_pixels"].value < 0.1
+  floor = sample_quality.floor(changed(job, evaluation__reference="train"), prepared)
+  assert floor["frechet_distance_40_train_pixels"].value > 0
+
+
 def test_the_record_says_what_was_compared(job):
   prepared = plan_of(job)
   result = sample_quality.run(job, prepared)
