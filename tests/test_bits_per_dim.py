@@ -139,20 +139,28 @@ def test_it_is_an_error_if_all_fail(job, tmp_path):
 
 
 def test_variational_dequantization_is_trained_once(job, straight, tmp_path, monkeypatch):
-  """By one program of one device: two devices give the same bits, and other options of the
-  likelihood find it in its file.
-  """
+  """Other options of the likelihood find it in its file."""
   options = {"dequantization": "variational", "num_examples": 40}
   record = bits_per_dim.run(with_options(job, tmp_path / "one", **options))
   assert record["dequantization"] == "variational: conditional Gaussian, 3 steps"
   assert abs(record["bits_per_dim"] - straight[0]["bits_per_dim"]) < 0.3
-  bits_per_dim.run(with_options(job, tmp_path / "two", 2, **options))
-  assert_same(table_of(tmp_path / "one"), table_of(tmp_path / "two"))
   monkeypatch.setattr(dequantizer, "_fit", None)
   again = lambda **more: with_options(job, tmp_path / "one", **options, **more)
   assert dequantizer.trained_law(again(rtol=2e-2, seed=1), job.params)
   with pytest.raises(TypeError):
     dequantizer.trained_law(again(dequantizer={"num_steps": 4}), job.params)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize(
+  "options", [{"dequantization": "variational"}, {"kind": "variational", "decoder": "fitted"}]
+)
+def test_what_is_trained_is_the_same_on_two_devices(job, tmp_path, options):
+  """It is made by one program of one device."""
+  options |= {"num_examples": 40, "num_levels": 50, "save_latents": False}
+  for count in (1, 2):
+    bits_per_dim.run(with_options(job, tmp_path / str(count), count, **options))
+  assert_same(*(table_of(tmp_path / str(count)) for count in (1, 2)))
 
 
 def test_the_trained_law_closes_the_gap_of_the_uniform(job, monkeypatch):
@@ -225,8 +233,6 @@ def test_a_fitted_decoder_is_made_once_and_is_a_law(job, tmp_path, monkeypatch):
   assert record["dequantization"] == "none: fitted decoder" and record["nfe_mean"] == 51
   assert record["lowest_level"] > gaussian["lowest_level"]
   assert record["bits_per_dim"] < gaussian["bits_per_dim"] - 0.1
-  bits_per_dim.run(with_options(job, tmp_path / "two", 2, **options))
-  assert_same(table_of(tmp_path / "one"), table_of(tmp_path / "two"))
   monkeypatch.setattr(decoder, "_fit", None)
   (path,) = (tmp_path / "one" / "results").glob("decoder-*.npy")
   np.testing.assert_allclose(np.exp(np.load(path).astype(np.float64)).sum(1), 1, rtol=1e-5)

@@ -115,6 +115,7 @@ def test_only_the_first_process_talks(runs):
   assert "training" not in second and "devices" not in second
 
 
+@pytest.mark.exhaustive
 def test_two_processes_have_the_likelihood_of_one_device(runs, tmp_path):
   """Of one checkpoint, bit by bit, with a trained law of dequantization; the hosts share the blocks
   and none overwrites another's (PITFALLS, row 35).
