@@ -89,6 +89,7 @@ def test_the_number_of_devices_changes_no_bit(job, straight, tmp_path, num_devic
   assert all(record[name] == straight[0][name] for name in names)
 
 
+@pytest.mark.exhaustive  # test_likelihood_pitfalls kills one at every block
 def test_a_killed_job_goes_on_with_the_missing_blocks(job, straight, tmp_path, monkeypatch):
   calls, call = [], bits_per_dim.Blocks._call
 

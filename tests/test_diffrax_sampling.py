@@ -45,8 +45,8 @@ MORE_ORDERS = ("heun", 1), ("sea", 1), ("shark", 1.5)
 @pytest.mark.parametrize(
   ("solver", "order"),
   [
-    ("euler", 1),
     ("sra1", 1.5),
+    pytest.param("euler", 1, marks=pytest.mark.exhaustive),
     *(pytest.param(*row, marks=pytest.mark.exhaustive) for row in MORE_ORDERS),
   ],
 )
