@@ -81,6 +81,10 @@ def matched(sde: SDE, transform: Transform, bound: float = 3.0) -> SDE:
     return dataclasses.replace(sde, t_min=matched_time(sde, transform, bound))
 
 
+# likelihood.decoder: the lowest level of a chain, where half a bin is so many standard deviations
+# of the noise
+DECODERS = {"discretized": 1.5, "fitted": 0.5}
+
 # name: (key, sde, transform, k [b, *d]) -> Dequantized
 DEQUANTIZATIONS = {"uniform": uniform, "truncated_normal": truncated_normal}
 

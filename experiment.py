@@ -24,7 +24,7 @@ import models
 import optimizers
 import run_log
 import training
-from dequantization import DEQUANTIZATIONS, TRAINED
+from dequantization import DECODERS, DEQUANTIZATIONS, TRAINED
 from divergence import DIVERGENCES
 from dynamics import SOLVERS
 from errors import ConfigError, check, invalid, lookup
@@ -227,7 +227,7 @@ NAMES = (
   (DIVERGENCES, "likelihood.divergence"),
   (STARTS, "likelihood.start"),
   (VARIANCES, "likelihood.variance"),
-  (dict.fromkeys(("discretized", "fitted")), "likelihood.decoder"),
+  (DECODERS, "likelihood.decoder"),
   (SOLVERS, "likelihood.solver"),
 )
 MAY_BE_ZERO = {

@@ -23,7 +23,7 @@ from dynamics import (
 )
 from errors import ConfigError, check, lookup
 from losses import WEIGHTINGS, denoising_loss, importance_quantile, independent, noise_error
-from parameterization import NoiseFn, ScoreFn
+from parameterization import NoiseFn, ScoreFn, data_from_noise
 from sde_lib import SDE, Keys, example_keys, fold_in, marginal, normal, perturb, prior_log_prob
 
 
@@ -273,9 +273,9 @@ def variational_bound(
 
   terms = jax.lax.map(term, jnp.arange(len(times)))
   if decoder is not None:
-    (alpha, sigma), t = marginal(sde, times[0]), jnp.full(len(x), times[0])
-    noised = perturb(sde, x, normal(fold_in(keys, 0), x.shape), times[0])
-    predicted = (noised - sigma * noise_fn(noised, t, labels)) / alpha
+    t = jnp.full(len(x), times[0])
+    noised = perturb(sde, x, normal(fold_in(keys, 0), x.shape), t)
+    predicted = data_from_noise(sde, noised, noise_fn(noised, t, labels), t)
     terms = terms.at[0].set(-decoder(predicted))
   return VariationalBound(prior_term(sde, x), terms)
 

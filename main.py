@@ -52,19 +52,28 @@ def work(config: ConfigDict, workdir: Path, mode: str, wanted: list[str]) -> dic
   import devices
 
   devices.start(flags.FLAGS.coordinator, flags.FLAGS.num_processes, flags.FLAGS.process_id)
-  from evaluation import importing, inspection, jobs, page, trained, validation, watch
+  from evaluation import (
+    importing,
+    inspection,
+    jobs,
+    page,
+    sample_quality,
+    trained,
+    validation,
+    watch,
+  )
 
   with devices.ending_together():
     if mode == "import":
       return importing.run(config, workdir)
     if mode in settings.UNTRAINED:
       return {"inspect": inspection.run, "validate": validation.run}[mode](config)
-    if mode == "run" and "evaluate" in wanted:
-      jobs.check_evaluation(config, workdir)  # what it needs is missed before the training
     if flags.FLAGS.wait:
-      return watch.run(config, workdir, flags.FLAGS.wait)
-    job = trained.start(config, workdir, train=mode in ("train", "run"))
-    results = {name: jobs.JOBS[name](job) for name in wanted}
+      results = watch.run(config, workdir, flags.FLAGS.wait)
+    else:
+      more = {"check_more": sample_quality.plan} if "evaluate" in wanted else {}
+      job = trained.start(config, workdir, train=mode in ("train", "run"), **more)
+      results = {name: jobs.JOBS[name](job) for name in wanted}
     if results and devices.is_first():
       page.write(workdir)
     return results

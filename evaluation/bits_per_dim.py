@@ -18,7 +18,7 @@ import devices
 import settings
 from dequantization import importance_bound
 from errors import RunError
-from evaluation import decoder, dequantizer, figures, latents, likelihood_study
+from evaluation import decoder, dequantizer, figures, files, latents, likelihood_study
 from evaluation.batches import keys_of, labels_of, spread
 from evaluation.evidence import OPTIONS, Held, chain, exact, hold, process, standard_error, unit
 from evaluation.mixture import mixture_log_prob
@@ -126,17 +126,12 @@ class Blocks:
           on_their_way.append((block, self._call(rows[positions], folds[:, positions], *place)))
         for block, columns in on_their_way:
           valid = min(size, len(rows) - block * size)
-          _write_block(path(block), {n: c[:valid] for n, c in jax.device_get(columns).items()})
+          columns = {name: c[:valid] for name, c in jax.device_get(columns).items()}
+          files.write_arrays(path(block), columns)
           bar.update()
     devices.wait_for_all(f"blocks {name} written")
-    blocks = [dict(np.load(path(block))) for block in range(count)]
+    blocks = [files.read_arrays(path(block)) for block in range(count)]
     return {n: np.concatenate([block[n] for block in blocks]) for n in blocks[0]}
-
-
-def _write_block(path: Path, columns: Columns) -> None:
-  path.parent.mkdir(parents=True, exist_ok=True)
-  with settings.written_whole(path) as temporary, open(temporary, "wb") as file:
-    np.savez(file, **columns)
 
 
 class Uncertainty(NamedTuple):

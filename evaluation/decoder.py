@@ -7,14 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PyTree
 
-import devices
 import settings
 from bounds import sum_dims
 from data import Transform
+from evaluation import files
 from evaluation.batches import keys_of, labels_of, spread
 from evaluation.trained import Job
 from experiment import Experiment
-from sde_lib import SDE, marginal, normal, perturb
+from parameterization import data_from_noise
+from sde_lib import SDE, normal, perturb
 
 BINS = 8  # cells of the predicted value to a level
 BESIDE = 2  # levels that a prediction may lie outside of the range
@@ -47,11 +48,10 @@ def _fit(experiment: Experiment, chain: SDE, params: PyTree) -> np.ndarray:
 
   @jax.jit
   def cells(params, keys, k, labels):
-    alpha, sigma = marginal(chain, chain.times[0])
-    x = perturb(chain, transform.forward(k), normal(keys, k.shape), chain.times[0])
     t = jnp.full(len(k), chain.times[0])
+    x = perturb(chain, transform.forward(k), normal(keys, k.shape), t)
     noise = experiment.noise_fn(params)(x, t, experiment.labels(labels))
-    return _cell((x - sigma * noise) / alpha, transform)
+    return _cell(data_from_noise(chain, x, noise, t), transform)
 
   params = jax.device_put(params)
   for draw in range(DRAWS):
@@ -69,10 +69,5 @@ def fitted(job: Job, chain: SDE, params: PyTree) -> np.ndarray:
   """
   digest = settings.digest(job.experiment.config, "likelihood.num_levels")
   path = job.workdir / "results" / f"decoder-step{job.step}-{digest}.npy"
-  if devices.is_first() and not path.is_file():
-    path.parent.mkdir(parents=True, exist_ok=True)
-    table = _fit(job.experiment, chain, params)
-    with settings.written_whole(path) as temporary, open(temporary, "wb") as file:
-      np.save(file, table)
-  devices.wait_for_all("decoder")
-  return np.load(path)
+  fill = lambda file: np.save(file, _fit(job.experiment, chain, params))
+  return np.load(files.made_once(path, fill))

@@ -16,6 +16,7 @@ import devices
 import settings
 from dequantization import DEQUANTIZATIONS, TRAINED, Dequantizer, dequantization_loss
 from errors import RunError
+from evaluation import files
 from evaluation.batches import labels_of
 from evaluation.trained import Job
 from experiment import Experiment
@@ -94,10 +95,5 @@ def trained_law(job: Job, params: PyTree) -> PyTree | None:
     return None
   digest = settings.digest(experiment.config, "likelihood.dequantizer")
   path = job.workdir / "results" / f"dequantizer-step{job.step}-{digest}.msgpack"
-  if devices.is_first() and not path.is_file():
-    path.parent.mkdir(parents=True, exist_ok=True)
-    trained = _fit(experiment, params)
-    with settings.written_whole(path) as temporary:
-      temporary.write_bytes(serialization.msgpack_serialize(trained))
-  devices.wait_for_all("dequantizer")
-  return serialization.msgpack_restore(path.read_bytes())
+  fill = lambda file: file.write(serialization.msgpack_serialize(_fit(experiment, params)))
+  return serialization.msgpack_restore(files.made_once(path, fill).read_bytes())

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Array, PyTree
 
 import devices
-from dequantization import bits_of_bound, matched
+from dequantization import DECODERS, bits_of_bound, matched
 from divergence import GaussianControl, fit_control
 from evaluation import decoder
 from evaluation.dequantizer import law, trained_law
@@ -43,11 +43,6 @@ def hold(job: Job) -> Held:
   wanted = options.kind == "variational" and options.decoder == "fitted"
   table = decoder.fitted(job, chain(job.experiment), params) if wanted else None
   return Held(params, trained_law(job, params), control, table)
-
-
-# likelihood.decoder: the lowest level of a chain, where half a bin is so many standard deviations
-# of the noise
-DECODERS = {"discretized": 1.5, "fitted": 0.5}
 
 
 def chain(experiment: Experiment) -> SDE:

@@ -21,9 +21,9 @@ import augment
 import devices
 from data import Batch, DataSet
 from errors import check
+from evaluation import files
 from evaluation.batches import parts, spread
 from models.layers.conv import Conv
-from settings import written_whole
 
 VERSION = 1  # of the training: a change trains all classifiers anew
 NUM_FEATURES = 64
@@ -98,12 +98,9 @@ def load(dataset: DataSet, folder: Path) -> Classifier:
     accuracy = _accuracy(network, variables, dataset)
     share = f"{accuracy:.1%} of the test split right"
     print(f"trained a classifier of {dataset.name} for features: {share}", flush=True)
-    folder.mkdir(parents=True, exist_ok=True)
     arrays = flatten_dict(jax.device_get(variables), sep="/")
-    with written_whole(path) as temporary, temporary.open("wb") as file:
-      np.savez(file, accuracy=accuracy, **arrays)
-  with np.load(path) as file:
-    arrays = {name: file[name] for name in file.files}
+    files.write_arrays(path, {"accuracy": accuracy, **arrays})
+  arrays = files.read_arrays(path)
   accuracy = float(arrays.pop("accuracy"))
   return Classifier(network, unflatten_dict(arrays, sep="/"), digest, accuracy)
 

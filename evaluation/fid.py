@@ -7,9 +7,9 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float
 
+from evaluation.distances import rows
 from evaluation.estimate import Estimate, normal, require, shuffled
 
-BLOCK = 4096  # rows that are held in float64 at a time
 NEEDED = 2  # of either set
 
 
@@ -37,7 +37,7 @@ class _Transport(NamedTuple):
 
 
 def _blocks(x: Float[np.ndarray, "n d"]) -> Iterator[np.ndarray]:
-  return (np.asarray(x[i : i + BLOCK], np.float64) for i in range(0, len(x), BLOCK))
+  return (np.asarray(x[part], np.float64) for part in rows(*x.shape))
 
 
 def _moments(x: np.ndarray) -> Moments:

@@ -19,6 +19,7 @@ import checkpoint_import
 from checkpoint_formats.layouts import conv, dense
 from checkpoint_formats.tensorflow_bundle import message
 from errors import ConfigError, RunError, check, invalid
+from evaluation import files
 from evaluation.inception import BLOCKS, SIZE, STEM, Branch, Inception
 from settings import written_whole
 
@@ -53,10 +54,8 @@ def load(folder: Path) -> Weights:
     names = (PUBLISHED, SAME_FILE, GRAPH)
     source = next((folder / name for name in names if (folder / name).is_file()), None)
     arrays = convert(source or _download(folder))
-    with written_whole(cached) as temporary, temporary.open("wb") as file:
-      np.savez(file, **arrays)
-  with np.load(cached) as file:  # its members have checksums
-    arrays = {name: file[name] for name in sorted(file.files)}
+    files.write_arrays(cached, arrays)
+  arrays = dict(sorted(files.read_arrays(cached).items()))  # its members have checksums
   content = hashlib.sha256()
   for name, array in arrays.items():
     content.update(f"{name}{array.shape}".encode() + array.tobytes())

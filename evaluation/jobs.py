@@ -10,7 +10,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from ml_collections import ConfigDict
 
 import devices
 from errors import ConfigError
@@ -19,7 +18,7 @@ from evaluation.batches import spread
 from evaluation.denoising import HeldOut, gaussian_predictor_loss
 from evaluation.evidence import standard_error
 from evaluation.trained import Job, training_examples
-from experiment import SOLVES, build
+from experiment import SOLVES
 from sde_lib import example_keys, log_snr, perturb
 
 LARGEST_GAUSSIAN = 4096  # dimensions of an example whose best Gaussian predictor is computed
@@ -97,11 +96,6 @@ def _held_out_loss(job: Job) -> dict[str, Any]:
     "nfe": options.num_draws * options.num_levels,
     "seed": options.seed,
   }
-
-
-def check_evaluation(config: ConfigDict, workdir: Path) -> None:
-  """Raises the `ConfigError` of whatever `run_evaluate` would not find."""
-  sample_quality.plan(build(config), workdir)
 
 
 def run_evaluate(job: Job) -> dict[str, Any]:

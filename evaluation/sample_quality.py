@@ -11,10 +11,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import devices
-import settings
 from data_sources.cache import data_dir
 from errors import check, lookup
-from evaluation import fid, inception_score, memorization, metrics, modes, samples
+from evaluation import fid, files, inception_score, memorization, metrics, modes, samples
 from evaluation.batches import spread
 from evaluation.estimate import Estimate
 from evaluation.features import Extractor, Outputs, extract, make_extractor
@@ -23,51 +22,6 @@ from experiment import Experiment
 
 FIELD = "evaluation.metrics"
 MOST_TRAINING = 50_000  # training examples that samples are compared to
-
-
-class Sets(NamedTuple):
-  """What a metric may look at: the outputs of the feature network."""
-
-  generated: Outputs
-  reference: Outputs
-  training: Outputs
-  held_out: Outputs
-
-
-def _of_features(name: str) -> metrics.Metric:
-  """A metric of two sets of features, handed `Sets`."""
-  function, needed = metrics.METRICS[name]
-  return metrics.Metric(lambda s: function(s.generated.features, s.reference.features), needed)
-
-
-def _modes(sets: Sets) -> dict[str, Estimate]:
-  """The classes that the feature network sees, against their frequencies in the reference."""
-  seen, expected = (o.probabilities.argmax(1) for o in (sets.generated, sets.reference))
-  classes = sets.reference.probabilities.shape[1]
-  return modes.count_modes(seen, np.bincount(expected, minlength=classes))
-
-
-def _memorization(sets: Sets) -> dict[str, Estimate]:
-  s = sets
-  parts = s.generated.features, s.training.features, s.held_out.features
-  return memorization.memorization(*parts).estimates
-
-
-# of class probabilities, which not every feature network has
-OF_CLASSES = {
-  "inception_score": metrics.Metric(
-    lambda sets: inception_score.inception_score(sets.generated.probabilities),
-    lambda d: 2 * inception_score.NUM_SPLITS,
-  ),
-  "modes": metrics.Metric(_modes, lambda d: 1),
-}
-
-# evaluation.metrics: (Sets -> figures by name, samples needed given the number of features)
-QUALITY: dict[str, metrics.Metric] = {
-  **{name: _of_features(name) for name in metrics.METRICS},
-  **OF_CLASSES,
-  "memorization": metrics.Metric(_memorization, lambda d: memorization.NEEDED),
-}
 
 
 class Plan(NamedTuple):
@@ -82,10 +36,45 @@ class Plan(NamedTuple):
 
   def measure(self, names: tuple[str, ...], generated: Outputs) -> dict[str, Estimate]:
     """The figures of these metrics by their full names."""
-    sets, figures = Sets(generated, self.reference, self.training, self.held_out), {}
+    figures = {}
     for name in names:
-      figures |= QUALITY[name].function(sets)
+      figures |= QUALITY[name].function(generated, self)
     return {_full_name(name, self.label): figure for name, figure in figures.items()}
+
+
+def _of_features(name: str) -> metrics.Metric:
+  """A metric of two sets of features, handed the outputs of samples and a `Plan`."""
+  function, needed = metrics.METRICS[name]
+  return metrics.Metric(lambda x, plan: function(x.features, plan.reference.features), needed)
+
+
+def _modes(generated: Outputs, plan: Plan) -> dict[str, Estimate]:
+  """The classes that the feature network sees, against their frequencies in the reference."""
+  seen, expected = (o.probabilities.argmax(1) for o in (generated, plan.reference))
+  classes = plan.reference.probabilities.shape[1]
+  return modes.count_modes(seen, np.bincount(expected, minlength=classes))
+
+
+def _memorization(generated: Outputs, plan: Plan) -> dict[str, Estimate]:
+  parts = (outputs.features for outputs in (generated, plan.training, plan.held_out))
+  return memorization.memorization(*parts).estimates
+
+
+# of class probabilities, which not every feature network has
+OF_CLASSES = {
+  "inception_score": metrics.Metric(
+    lambda x, plan: inception_score.inception_score(x.probabilities),
+    lambda d: 2 * inception_score.NUM_SPLITS,
+  ),
+  "modes": metrics.Metric(_modes, lambda d: 1),
+}
+
+# evaluation.metrics: (outputs of samples, `Plan`) -> figures by name; samples needed, given d
+QUALITY: dict[str, metrics.Metric] = {
+  **{name: _of_features(name) for name in metrics.METRICS},
+  **OF_CLASSES,
+  "memorization": metrics.Metric(_memorization, lambda d: memorization.NEEDED),
+}
 
 
 # what some figures are called in the features of the FID network, and only there
@@ -127,18 +116,20 @@ def _real(experiment: Experiment, extractor: Extractor, split: str, most: int = 
   values = np.ascontiguousarray(stored[spread(len(stored), most or len(stored))])
   key = hashlib.sha256(f"{extractor.identity} {values.shape} {values.dtype}".encode())
   key.update(values.data)
-  folder = data_dir(experiment.config.data) / "features"
-  path = folder / f"{split}-{len(values)}-{key.hexdigest()[:16]}.npz"
+  path = (
+    data_dir(experiment.config.data)
+    / "features"
+    / f"{split}-{len(values)}-{key.hexdigest()[:16]}.npz"
+  )
   devices.wait_for_all("features")
-  if not path.is_file():
+  absent = not path.is_file()
+  devices.wait_for_all("features are listed")
+  if absent:
     outputs = extract(extractor, values, experiment.config.evaluation.batch_size)
     if devices.is_first():
-      folder.mkdir(parents=True, exist_ok=True)
-      present = {n: a for n, a in outputs._asdict().items() if a is not None}
-      with settings.written_whole(path) as temporary, open(temporary, "wb") as file:
-        np.savez(file, **present)
-    devices.wait_for_all("features are written")
-  return Outputs(**np.load(path))
+      files.write_arrays(path, {n: a for n, a in outputs._asdict().items() if a is not None})
+  devices.wait_for_all("features are written")
+  return Outputs(**files.read_arrays(path))
 
 
 def _check_room(workdir: Path, experiment: Experiment, num_samples: int) -> None:
@@ -205,18 +196,28 @@ def self_test(prepared: Plan) -> dict[str, Estimate]:
   return {_full_name("frechet_distance", label): figure}
 
 
+def measured(job: Job, prepared: Plan) -> tuple[dict[str, dict], samples.Samples]:
+  """(the figures of the samples, as for JSON, and the samples, drawn now where they are in no
+  file).
+  """
+  options, drawn = job.experiment.config.evaluation, samples.draw(job, prepared.num_samples)
+  outputs = extract(prepared.extractor, drawn.values, options.batch_size)
+  return as_json(prepared.measure(options.metrics, outputs)), drawn
+
+
+def as_json(figures: dict[str, Estimate]) -> dict[str, dict]:
+  """What a record holds of figures."""
+  return {name: figure._asdict() for name, figure in figures.items()}
+
+
 def run(job: Job, prepared: Plan) -> dict[str, Any]:
   """Draws the samples and measures them: what the record of the job holds of it."""
   options, begin = job.experiment.config.evaluation, time.perf_counter()
-  drawn = samples.draw(job, prepared.num_samples)
-  outputs = extract(prepared.extractor, drawn.values, options.batch_size)
-  figures = {
-    "quality": prepared.measure(options.metrics, outputs),
-    "floor": floor(job, prepared),
-    "self_test": self_test(prepared),
-  }
+  quality, drawn = measured(job, prepared)
   return {
-    **{of: {name: f._asdict() for name, f in some.items()} for of, some in figures.items()},
+    "quality": quality,
+    "floor": as_json(floor(job, prepared)),
+    "self_test": as_json(self_test(prepared)),
     "features": prepared.extractor.identity,
     "num_samples": prepared.num_samples,
     "reference": f"{options.reference}, {len(prepared.reference.features)} examples",

@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 import devices
 import settings
+from evaluation import files
 from evaluation.batches import drawn
 from evaluation.trained import Job
 
@@ -44,9 +45,7 @@ def _draw(job: Job, block: int, path: Path) -> None:
   if not devices.is_first():
     return
   values = np.asarray(transform.inverse(jnp.asarray(x))).astype(job.experiment.spec.dtype)
-  path.parent.mkdir(parents=True, exist_ok=True)
-  with settings.written_whole(path) as temporary, open(temporary, "wb") as file:
-    np.savez(file, values=values, nfe=nfe, seconds=seconds)
+  files.write_arrays(path, {"values": values, "nfe": nfe, "seconds": seconds})
 
 
 def draw(job: Job, num_samples: int) -> Samples:
@@ -63,7 +62,7 @@ def draw(job: Job, num_samples: int) -> Samples:
   for block in tqdm(missing, initial=done, total=len(paths), **options):
     _draw(job, block, paths[block])
   devices.wait_for_all("samples are written")
-  blocks = [dict(np.load(path)) for path in paths]
+  blocks = [files.read_arrays(path) for path in paths]
   join = lambda name: np.concatenate([block[name] for block in blocks])[:num_samples]
   share = num_samples / (len(blocks) * size)
   return Samples(join("values"), join("nfe"), share * sum(float(b["seconds"]) for b in blocks))

@@ -9,9 +9,8 @@ import devices
 import settings
 from checkpoint import complete_steps
 from errors import check
-from evaluation import figures, records, samples
-from evaluation.features import extract
-from evaluation.sample_quality import Plan
+from evaluation import figures, records
+from evaluation.sample_quality import Plan, measured
 from evaluation.trained import Job, at_step
 from experiment import Experiment, build
 
@@ -36,17 +35,14 @@ def _experiments(job: Job) -> list[tuple[int, Experiment]]:
 
 def _row(job: Job, prepared: Plan) -> dict[str, Any]:
   """One combination: its samples are drawn, or found, and measured."""
-  options, sampling = job.experiment.config.evaluation, job.experiment.config.sampling
-  drawn = samples.draw(job, prepared.num_samples)
-  outputs = extract(prepared.extractor, drawn.values, options.batch_size)
-  quality = prepared.measure(options.metrics, outputs)
+  sampling, (quality, drawn) = job.experiment.config.sampling, measured(job, prepared)
   return {
     "checkpoint": job.step,
     "sampler": sampling.sampler,
     "num_steps": sampling.num_steps,
     "nfe": int(drawn.nfe.max()),
     "seconds": round(drawn.seconds, 3),
-    "quality": {name: figure._asdict() for name, figure in quality.items()},
+    "quality": quality,
   }
 
 

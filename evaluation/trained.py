@@ -5,6 +5,7 @@ import importlib.metadata
 import json
 import platform
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -87,9 +88,15 @@ def training_examples(job: Job) -> np.ndarray:
   return np.asarray(job.experiment.transform.dequantize(keys, jnp.asarray(train[rows])))
 
 
-def start(config: ConfigDict, workdir: Path, *, train: bool) -> Job:
+def start(
+  config: ConfigDict,
+  workdir: Path,
+  *,
+  train: bool,
+  check_more: Callable[[Experiment, Path], Any] = lambda *_: None,
+) -> Job:
   """Builds and checks everything, then trains, or restores the newest averaged parameters of the
-  workdir.
+  workdir. `check_more(experiment, workdir)` may refuse what comes after the training.
   """
   saved, folder = _read_spec(workdir), workdir / "checkpoints"
   experiment = build(config, None if train else saved)
@@ -98,7 +105,8 @@ def start(config: ConfigDict, workdir: Path, *, train: bool) -> Job:
     mend = f"train first: python main.py --mode=train --workdir={workdir}"
     check(step is not None, "--workdir", str(workdir), "a folder with a checkpoint", mend)
     job = at_step(experiment, workdir, step)
-    print(f"restored the EMA weights of step {step}", flush=True)
+    if not config.ema.post_hoc:
+      print(f"restored the EMA weights of step {step}", flush=True)
     return job
   total, spec = config.training.num_steps, experiment.spec
   legal, mend = f"{step} or more: so far {workdir} was trained", "choose another --workdir"
@@ -106,6 +114,7 @@ def start(config: ConfigDict, workdir: Path, *, train: bool) -> Job:
   legal, mend = f"the data of {saved}, which {workdir} was trained on", "choose another --workdir"
   check(saved in (None, spec), "data.name", f"{config.data.name}: {spec}", legal, mend)
   experiment.dataset  # noqa: B018  data that cannot be read leave no folder behind
+  check_more(experiment, workdir)
   if not devices.is_first():
     return _train(experiment, workdir)
   with run_control.only_run(workdir):
