@@ -24,7 +24,8 @@ def run(config: ConfigDict, workdir: Path, minutes: float) -> dict[str, dict]:
     if step > seen:
       job = trained.start(config, workdir, train=False)
       results, seen = {"evaluate": jobs.run_evaluate(job)}, job.step
-      print(records.summary(results, workdir), flush=True)
+      if seen < config.training.num_steps:  # else the caller shows it
+        print(records.summary(results, workdir), flush=True)
       until = time.monotonic() + 60 * minutes
     elif time.monotonic() > until:
       print(f"no checkpoint after step {seen} for {minutes:g} minutes: stopped waiting", flush=True)
