@@ -7,7 +7,7 @@ import inspect
 import math
 import pkgutil
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,12 +23,16 @@ import losses
 import models
 import optimizers
 import run_log
+import tasks
 import training
+from classification import make_log_prob_fn
 from dequantization import DECODERS, DEQUANTIZATIONS, TRAINED
 from divergence import DIVERGENCES
 from dynamics import SOLVERS
 from errors import ConfigError, check, invalid, lookup
+from guidance import classifier_free, classifier_guidance
 from likelihood import STARTS
+from models.classifier import Model as Classifier
 from parameterization import (
   C_NOISE,
   OUTPUTS,
@@ -62,6 +66,15 @@ SOLVES = {
 DENOISE = {"mean": "mean", "tweedie": "tweedie", "none": None}
 
 
+class Weights(NamedTuple):
+  """What samples are drawn with: the parameters of the network, and of a classifier that guides
+  it.
+  """
+
+  network: PyTree
+  classifier: PyTree = None
+
+
 @dataclasses.dataclass(frozen=True)
 class Experiment:
   """The validated objects of a run; its methods are compiled once each and take the parameters as
@@ -91,6 +104,11 @@ class Experiment:
   def noise_fn(self, params: PyTree) -> NoiseFn:
     """The network as a noise prediction, in evaluation mode."""
     return make_noise_fn(self.sde, self.model, params, **self.config.parameterization)
+
+  @property
+  def classifier(self) -> nn.Module:
+    """The network of `config.classifier` for the classes of the data."""
+    return Classifier(num_classes=self.spec.num_classes, **self.config.classifier.args)
 
   @property
   def num_dims(self) -> int:
@@ -130,10 +148,32 @@ class Experiment:
     grid = grid[round(settings.skip * settings.num_steps) :]
     return jnp.concatenate([grid[:1], grid]) if settings.sampler == "annealed_langevin" else grid
 
-  def random_labels(self, keys: Keys) -> Array | None:
-    """A class for each example to be drawn, where the network has classes."""
-    draw = lambda key: jax.random.randint(key, (), 0, max(1, self.spec.num_classes))
-    return self.labels(jax.vmap(draw)(fold_in(keys, 2**31 - 1)))
+  def asked(self, keys: Keys, index: Array) -> Array | None:
+    """The class of each example to be drawn, where something is told of classes: those of
+    `guidance.labels` in turn, by the examples' indices, else a random one.
+    """
+    if not tasks.has_classes(self.config, self.model):
+      return None
+    wanted = self.config.guidance.labels
+    if wanted:
+      return jnp.asarray(wanted, jnp.int32)[index % len(wanted)]
+    draw = lambda key: jax.random.randint(key, (), 0, self.spec.num_classes)
+    return jax.vmap(draw)(fold_in(keys, 2**31 - 1))
+
+  def guided(self, weights: Weights) -> NoiseFn:
+    """The network, its classes guided as `config.guidance` says; without a classifier's weights it
+    is not guided by one.
+    """
+    noise_fn, settings = self.noise_fn(weights.network), self.config.guidance
+    options = dict(settings.options.get(settings.classes, {}))
+    if settings.classes == "classifier_free":
+      null_label = {"null_label": self.spec.num_classes}
+      return classifier_free(self.sde, noise_fn, **null_label, **options)
+    if weights.classifier is None:
+      return noise_fn
+    sigma_data = {"sigma_data": self.config.parameterization.sigma_data}
+    law = make_log_prob_fn(self.sde, self.classifier, weights.classifier, **sigma_data)
+    return classifier_guidance(self.sde, noise_fn, law, **options)
 
   def _run(self) -> dict:
     """The sampler that scans a step over the grid."""
@@ -151,33 +191,45 @@ class Experiment:
       options |= {"num_steps": settings.num_steps, "spacing": settings.spacing}
     return options
 
+  def draw(
+    self, keys: Keys, noise_fn: NoiseFn, labels: PyTree, *, wrap: Callable | None = None, **changes
+  ) -> tuple[Array, Array]:
+    """(x [b, *d], network evaluations per example [b]) of the sampler of the configuration.
+
+    Args:
+      keys: one per example.
+      wrap: from its `Step` to the one that is taken.
+      changes: of the arguments of the sampler, such as init.
+    """
+    settings, sde, shape = self.config.sampling, self.sde, (len(keys), *self.spec.shape)
+    if settings.sampler in SOLVES:
+      solve, options = SOLVES[settings.sampler][0], self._solve() | changes
+      score_fn = make_score_fn(sde, noise_fn)
+      x, nfe = solve(keys, sde, score_fn, shape, labels=labels, **options)
+    else:
+      options = self._run() | changes
+      if wrap:
+        options["step"] = wrap(options["step"])
+      denoise = DENOISE[settings.denoise]
+      x, nfe = sample(keys, sde, noise_fn, shape, denoise=denoise, labels=labels, **options)
+    twice = self.config.guidance.classes == "classifier_free"
+    return x, jnp.full(shape[0], nfe * (2 if twice else 1))
+
   @functools.cached_property
-  def sampler(self) -> Callable[[PyTree, Keys], tuple[Array, Array]]:
-    """(params, one key per example) -> (x [b, *d], network evaluations per example [b])."""
-    settings, sde = self.config.sampling, self.sde
-
-    def draw(params, keys):
-      shape, noise_fn = (len(keys), *self.spec.shape), self.noise_fn(params)
-      given = {"labels": self.random_labels(keys)}
-      if settings.sampler in SOLVES:
-        solve = SOLVES[settings.sampler][0]
-        x, nfe = solve(keys, sde, make_score_fn(sde, noise_fn), shape, **given, **self._solve())
-      else:
-        denoise = DENOISE[settings.denoise]
-        x, nfe = sample(keys, sde, noise_fn, shape, denoise=denoise, **given, **self._run())
-      return x, jnp.full(shape[0], nfe)
-
-    return self.over_devices(draw, 1)
+  def sampler(self) -> Callable[[Weights, Keys, Array | None], tuple[Array, Array]]:
+    """(weights, one key per example, labels) -> (x [b, *d], network evaluations of each [b])."""
+    draw = lambda weights, keys, labels: self.draw(keys, self.guided(weights), labels)
+    return self.over_devices(draw, 2)
 
   @functools.cached_property
-  def trajectory(self) -> Callable[[PyTree, Keys], Array]:
-    """(params, one key per example) -> every state of the sampler [len(times), b, *d]."""
+  def trajectory(self) -> Callable[[Weights, Keys, Array | None], Array]:
+    """The same arguments -> every state of the sampler [len(times), b, *d]."""
 
     @jax.jit
-    def draw(params, keys):
+    def draw(weights, keys, labels):
       shape = (keys.shape[0], *self.spec.shape)
-      given = {"labels": self.random_labels(keys), **self._run()}
-      return sample_trajectory(keys, self.sde, self.noise_fn(params), shape, **given)
+      noise_fn = self.guided(weights)
+      return sample_trajectory(keys, self.sde, noise_fn, shape, labels=labels, **self._run())
 
     return draw
 
@@ -411,6 +463,7 @@ def outline(config: ConfigDict, spec: data.Spec | None = None) -> Outline:
   for section in ("likelihood", "evaluation"):
     lookup(dict.fromkeys(spec.splits), config[section].split, f"{section}.split")
   _check_model(model, config.data.centered, spec.num_classes)
+  tasks.check_guidance(config, model, spec)
   try:
     out, _ = abstract_init(model, spec.shape)
   except (ValueError, TypeError, ZeroDivisionError) as error:

@@ -1,7 +1,7 @@
 """Trains a score model, samples from it, computes its exact likelihood, evaluates it.
 
 python main.py [--config=configs/x.py] [--workdir=runs/x]
-               [--mode=train|sample|likelihood|evaluate|run|inspect|validate|import]
+               [--mode=train|train_classifier|sample|likelihood|evaluate|run|inspect|validate|import]
                [--wait=minutes] [--config.section.field=value ...]
 """
 
@@ -29,7 +29,7 @@ def run(mode: str, workdir: Path) -> None:
   overrides = config_flags.get_override_values(flag)
   config = settings.resolve(flag.value, flag.present > 0, overrides, workdir, mode)
 
-  wanted = {"train": [], "run": list(records.SECTIONS)}.get(mode, [mode])
+  wanted = {"train": [], "train_classifier": [], "run": list(records.SECTIONS)}.get(mode, [mode])
   results = records.finished(config, workdir) if mode == "run" else {}
   if mode == "run" and len(results) == len(wanted):
     print(f"finished before at step {config.training.num_steps}")
@@ -58,16 +58,22 @@ def work(config: ConfigDict, workdir: Path, mode: str, wanted: list[str]) -> dic
     jobs,
     page,
     sample_quality,
+    train_classifier,
     trained,
     validation,
     watch,
   )
+  from tasks import refuse_task
 
   with devices.ending_together():
     if mode == "import":
       return importing.run(config, workdir)
     if mode in settings.UNTRAINED:
       return {"inspect": inspection.run, "validate": validation.run}[mode](config)
+    if mode == "train_classifier":
+      train_classifier.run(config, workdir)
+      return None
+    refuse_task(config, mode)
     if flags.FLAGS.wait:
       results = watch.run(config, workdir, flags.FLAGS.wait)
     else:

@@ -116,8 +116,13 @@ def data_from_noise(
   return (x - expand(sigma, x) * noise) / expand(alpha, x)
 
 
+def predictions(noise_fn: NoiseFn) -> Callable:
+  """(x, t, labels) -> (noise_hat, v), v None of a network that predicts no variance."""
+  return getattr(noise_fn, "with_variance", lambda *at: (noise_fn(*at), None))
+
+
 def _with_variance(noise_fn: NoiseFn, *at):
-  both = getattr(noise_fn, "with_variance", lambda *_: (None, None))(*at)
+  both = predictions(noise_fn)(*at)
   legal = "beta, posterior: the network predicts no variance"
   check(both[1] is not None, "variance", "learned", legal)
   return both

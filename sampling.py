@@ -11,7 +11,7 @@ import diffrax
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, PyTree
 
 from dynamics import finest_step, probability_flow, reverse_sde, solve, state_scale
 from errors import check, invalid, lookup
@@ -20,6 +20,7 @@ from parameterization import (
   NoiseFn,
   ScoreFn,
   data_from_noise,
+  predictions,
   reverse_kernel,
   score_from_noise,
 )
@@ -329,17 +330,21 @@ def annealed_langevin(
       score = score_from_noise(sde, noise_fn(state.x, s), s)
       return langevin_step(fold_in(key, i), score, state.x, size, "code", temperature)
 
-    return _repeat(body, num_steps, state, noise_fn)
+    return repeat(body, num_steps, state, noise_fn)
 
   return step
 
 
-def _repeat(body: Callable, num_steps: int, carry, noise_fn) -> Any:
-  """A loop whose body calls the network once; a counting `noise_fn` hears of every turn."""
+def repeat(body: Callable, num_steps: int, carry, noise_fn) -> Any:
+  """A loop of body(i, carry); a counting `noise_fn` hears of every turn, however often jax traces
+  one.
+  """
   before = getattr(noise_fn, "calls", 0)
+  jax.eval_shape(body, 0, carry)
+  each = getattr(noise_fn, "calls", 0) - before
   carry = jax.lax.fori_loop(0, num_steps, body, carry)
-  if isinstance(noise_fn, _Counted):
-    noise_fn.calls = before + num_steps
+  if each:
+    noise_fn.calls = before + each * num_steps
   return carry
 
 
@@ -446,18 +451,28 @@ def time_grid(sde: SDE, num_steps: int, spacing: str) -> Float[Array, " n"]:
 
 
 class _Counted:
-  """A noise function that counts its calls while a step is traced: its network evaluations."""
+  """What a step calls: a noise function that counts its calls while the step is traced, its network
+  evaluations.
+  """
 
   def __init__(self, noise_fn: NoiseFn, labels):
     self.noise_fn, self.labels, self.calls = noise_fn, labels, 0
+    self._known = None, None, None
 
   def __call__(self, x, t):
-    self.calls += 1
-    return self.noise_fn(x, t, self.labels)
+    return self.with_variance(x, t)[0]
 
   def with_variance(self, x, t):
+    """The noise and v, None of a network that predicts no variance."""
+    *at, predicted = self._known
+    if x is at[0] and t is at[1]:
+      return predicted
     self.calls += 1
-    return VARIANCES["learned"](self.noise_fn, x, t, self.labels)
+    return predictions(self.noise_fn)(x, t, self.labels)
+
+  def remember(self, x, t, predicted):
+    """Answers a further call at the same x and t, which costs nothing."""
+    self._known = x, t, predicted
 
 
 def _uniform(low: float) -> Callable:
@@ -519,7 +534,7 @@ def sample(
   step: Step,
   times: Float[Array, " n"],
   denoise: str | None = "mean",
-  labels: Int[Array, " b"] | None = None,
+  labels: PyTree = None,
   first_index: int | Array = 0,
   init: Init = "prior",
 ) -> tuple[Float[Array, "b *d"], Int[Array, ""]]:
@@ -527,6 +542,7 @@ def sample(
   evaluations).
 
   Args:
+    labels: classes [b], or whatever `noise_fn` takes as its third argument: arrays [b, ...].
     denoise: what is returned: "mean", the last step without its noise; "tweedie", E[x_0 | x] by one
       more evaluation; None, x itself.
     first_index: global index of the first example; example i depends on (key, i) alone.
@@ -558,7 +574,7 @@ def sample_trajectory(
   *,
   step: Step,
   times: Float[Array, " n"],
-  labels: Int[Array, " b"] | None = None,
+  labels: PyTree = None,
   first_index: int | Array = 0,
   init: Init = "prior",
 ) -> Float[Array, "n b *d"]:
@@ -604,7 +620,7 @@ def sample_ode(
   exponential: bool = False,
   temperature: float = 1.0,
   t_start: float | None = None,
-  labels: Int[Array, " b"] | None = None,
+  labels: PyTree = None,
   first_index: int | Array = 0,
   init: Init = "prior",
 ) -> tuple[Float[Array, "b *d"], Int[Array, ""]]:
@@ -676,7 +692,7 @@ def sample_sde(
   max_steps: int = 1000,
   exponential: bool = False,
   refinable: bool = False,
-  labels: Int[Array, " b"] | None = None,
+  labels: PyTree = None,
   first_index: int | Array = 0,
   init: Init = "prior",
 ) -> tuple[Float[Array, "b *d"], Int[Array, ""]]:
@@ -700,7 +716,7 @@ def sample_sde(
   start = _start(keys, sde, shape, init, sde.t_max) / state_scale(sde, sde.t_max, exponential)
 
   def one(key, y, label):
-    batched = None if label is None else label[None]
+    batched = jax.tree.map(lambda a: a[None], label)
     score = lambda x, t, _: score_fn(x[None], t, batched)[0]
     terms = reverse_sde(sde, score, key, y.shape, **kind)
     how = {"y0": y, "adjoint": diffrax.ForwardMode(), "throw": False}
@@ -708,6 +724,5 @@ def sample_sde(
     ok = solution.result == diffrax.RESULTS.successful
     return jnp.where(ok, solution.ys[-1], jnp.nan), solution.stats["num_steps"]
 
-  axes = 0, 0, None if labels is None else 0
-  y, steps = jax.vmap(one, axes)(fold_in(keys, 1), start, labels)
+  y, steps = jax.vmap(one)(fold_in(keys, 1), start, labels)
   return y * state_scale(sde, sde.t_min, exponential), evaluations * steps.max()

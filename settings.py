@@ -19,13 +19,15 @@ from configs import bases
 from errors import ConfigError, check, invalid
 
 UNTRAINED = ("inspect", "validate", "import")  # modes that need nothing trained before
-MODES = ("train", "sample", "likelihood", "evaluate", "run", *UNTRAINED)
+MODES = ("train", "train_classifier", "sample", "likelihood", "evaluate", "run", *UNTRAINED)
 DEFAULT_CONFIG = "configs/digits.py"
 
 # What may change between training and later use of its checkpoints: none of it changes what the
 # weights mean.
 FREE = (
   "sampling",
+  "guidance",
+  "classifier",
   "likelihood",
   "evaluation",
   "import_",
@@ -184,6 +186,12 @@ def digest(config: ConfigDict, *sections: str) -> str:
   sections = (*sections, "ema.")  # which average is used
   kept = {k: v for k, v in flatten(config).items() if not _free(k) or k.startswith(sections)}
   kept.pop("likelihood.check", None)  # it prints more, and changes nothing
+  if (config.guidance.task, config.guidance.classes, config.guidance.labels) == (
+    "none",
+    "none",
+    (),
+  ):
+    kept = {k: v for k, v in kept.items() if not k.startswith("guidance.")}
   return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:12]
 
 
@@ -205,7 +213,7 @@ def resolve(
   saved = read(workdir)
   if saved is None:
     check(
-      mode in ("train", "run", *UNTRAINED),
+      mode in ("train", "run", "train_classifier", *UNTRAINED),
       "--workdir",
       str(workdir),
       f"for --mode={mode}, the folder of a run that was trained before",

@@ -29,7 +29,7 @@ from optimizers import learning_rate, loss_history, make_optimizer
 from parameterization import make_noise_fn
 from run_control import Profiler, Stop
 from run_log import MetricsWriter, Progress
-from sde_lib import SDE, example_keys, fold_in
+from sde_lib import SDE, Keys, example_keys, fold_in
 
 
 class TrainState(NamedTuple):
@@ -126,7 +126,7 @@ def make_loss(
   def loss_fn(params, key, batch, first, total, history):
     b = len(batch["image"])
     keys = example_keys(jax.random.fold_in(key, 0), b, first)
-    x0, inputs = _examples(keys, batch["image"], transform, config)
+    x0, inputs = examples(keys, batch["image"], transform, config)
     quantile = _bound(losses.TIME_SAMPLERS, settings, "time_sampler", history=history)
     law = losses.independent(quantile)
     if settings.stratified:
@@ -144,8 +144,12 @@ def make_loss(
   return loss_fn
 
 
-def _examples(keys, images, transform, config) -> tuple[Array, dict]:
-  """(x0 in model units, further inputs of the network): flipped, dequantized, augmented."""
+def examples(
+  keys: Keys, images: Array, transform: data.Transform, config: ml_collections.ConfigDict
+) -> tuple[Array, dict]:
+  """(x0 in model units, further inputs of the network) of stored images with one key each: flipped,
+  dequantized, augmented.
+  """
   if config.data.flip:
     images = augment.flip(fold_in(keys, 4), images)
   dequantize = config.training.dequantize
@@ -232,6 +236,7 @@ def make_train_step(
   mesh: Mesh,
   num_parts: int = 1,
   transform: data.Transform | None = None,
+  make_loss: Callable = make_loss,
 ) -> Callable:
   """(state, batches) -> (state, metrics), jitted, its gradients mapped over the mesh, donating.
 
@@ -241,7 +246,7 @@ def make_train_step(
   changes nothing but rounding; only dropout masks are drawn per part.
 
   The optimizer works outside of the mapped function: it may need the norm of all gradients, which
-  `fsdp` splits. `transform` is for `make_loss`.
+  `fsdp` splits. `transform` is for `make_loss`, the training's objective.
   """
   loss_fn, schedule = make_loss(sde, model, config, transform), learning_rate(config)
 
@@ -399,6 +404,7 @@ def train(
   workdir: Path,
   callbacks: dict[str, Callable[[int, tuple], dict[str, float]]],
   flops_per_image: float = 0.0,
+  make_loss: Callable = make_loss,
 ) -> TrainState:
   """Trains to `training.num_steps`, resuming from the newest checkpoint of the workdir that can be
   read.
@@ -407,6 +413,7 @@ def train(
     callbacks: {"sample_every": ..., "evaluate_every": ...}: (step, ema_params) -> scalars, called
       as often as `training` says under that name, and at the end.
     flops_per_image: of a training step, to tell the utilisation of the devices.
+    make_loss: the objective, called and returning as the function of that name.
 
   Raises:
     Stopped: the run was asked to end; its state is saved.
@@ -430,7 +437,7 @@ def train(
     stop, profiler = enter(Stop()), Profiler(workdir, start, settings)
     batches = _batches(config, dataset.splits["train"], start, mesh)
     first = next(batches)
-    given = {"transform": dataset.transform}
+    given = {"transform": dataset.transform, "make_loss": make_loss}
     make_step = functools.partial(make_train_step, sde, model, optimizer, config, mesh, **given)
     train_step = fitting_step(make_step, state, first, settings.batch_size // mesh.size, config)
     batches, pending = itertools.chain([first], batches), []

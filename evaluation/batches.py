@@ -5,13 +5,12 @@ from collections.abc import Iterator
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import PyTree
 from tqdm import tqdm
 
 import data
 import devices
 from errors import RunError
-from experiment import Experiment
+from experiment import Experiment, Weights
 
 
 def spread(total: int, count: int) -> np.ndarray:
@@ -42,25 +41,31 @@ def labels_of(split: data.Batch, index: np.ndarray) -> np.ndarray:
 
 
 def drawn(
-  experiment: Experiment, params: PyTree, key: jax.Array, index: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-  """(x [n, *d] in model units, network evaluations of each) of the samples with these indices, n of
-  which the devices can share; sample i depends on (key, i) alone.
+  experiment: Experiment, weights: Weights, key: jax.Array, index: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+  """(x [n, *d] in model units, network evaluations of each, classes asked for) of the samples with
+  these indices, n of which the devices can share; sample i depends on (key, i) alone.
   """
-  x, nfe = devices.to_host(experiment.sampler(params, keys_of(key, index)))
+  keys = keys_of(key, index)
+  labels = experiment.asked(keys, index)
+  x, nfe = devices.to_host(experiment.sampler(weights, keys, labels))
+  check_finite(x)
+  return x, nfe, None if labels is None else np.asarray(labels)
+
+
+def check_finite(x: np.ndarray) -> None:
+  """Raises unless the sampler stayed within the finite numbers."""
   if not np.isfinite(x).all():
     raise RunError(
       "the sampler left the finite numbers or hit max_steps; use more steps or a smaller tolerance"
     )
-  return x, nfe
 
 
 def draw_samples(
-  experiment: Experiment, params: PyTree, key: jax.Array, num_samples: int
-) -> tuple[np.ndarray, np.ndarray]:
-  """The same of the samples 0 .. num_samples - 1, in batches of `sampling.batch_size`."""
+  experiment: Experiment, weights: Weights, key: jax.Array, num_samples: int
+) -> np.ndarray:
+  """x of the samples 0 .. num_samples - 1, in batches of `sampling.batch_size`."""
   size, batches = experiment.config.sampling.batch_size, []
   for index, valid in parts(num_samples, size, "sampling"):
-    batches.append([a[:valid] for a in drawn(experiment, params, key, index)])
-  x, nfe = (np.concatenate(arrays) for arrays in zip(*batches))
-  return x, nfe
+    batches.append(drawn(experiment, weights, key, index)[0][:valid])
+  return np.concatenate(batches)

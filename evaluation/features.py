@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
-from jaxtyping import Array, Float, Num
+from jaxtyping import Array, Float, Int, Num
 
 import devices
 from data_sources.cache import data_dir
@@ -29,10 +29,13 @@ WIDTHS = (16, 32, 64)  # of the random convolutions
 
 
 class Outputs(NamedTuple):
-  """`features` [b, d], float32; `probabilities` [b, k] of classes, of networks that have any."""
+  """`features` [b, d], float32; `probabilities` [b, k] of classes, of networks that have any;
+  `labels` [b], of what was asked for or is known to be there.
+  """
 
   features: Float[np.ndarray, "b d"]
   probabilities: Float[np.ndarray, "b k"] | None = None
+  labels: Int[np.ndarray, " b"] | None = None
 
 
 class Extractor(NamedTuple):

@@ -1,5 +1,6 @@
 """The pictures of a run, written as PNG files."""
 
+import textwrap
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -199,3 +200,112 @@ def save_sweep(path: Path, rows: list[dict]) -> None:
     axis.set_axis_off()
   axes[0, 0].legend(fontsize=7)
   _save(figure, path)
+
+
+MEAN, SPREAD = "mean", "standard deviation"  # columns of `save_conditional` with a meaning
+
+
+def save_conditional(
+  path: Path,
+  columns: dict[str, np.ndarray],
+  transform: Transform,
+  row_labels: list[str] | None = None,
+) -> None:
+  """Conditional samples in model units: a titled column for each [n, *d], k for each [n, k, *d].
+
+  Images: a row for each input; the column "standard deviation" is grey from 0 to its maximum.
+  Points of a plane and other examples: a panel for each input, clouds or lines, with the standard
+  deviation around the column "mean".
+
+  Args:
+    columns: title -> values; at least one of them has one example for each input.
+    row_labels: what stands beside the rows or above the panels.
+  """
+  rank = min(values.ndim for values in columns.values())
+  groups = {
+    title: values[:, None] if values.ndim == rank else values for title, values in columns.items()
+  }
+  row_labels = row_labels or [""] * len(next(iter(groups.values())))
+  if rank == 4:
+    _conditional_images(path, groups, transform, row_labels)
+  else:
+    _conditional_panels(path, groups, row_labels)
+
+
+def _conditional_images(path: Path, groups: dict, transform: Transform, row_labels: list) -> None:
+  """`save_conditional` of images [n, k, h, w, c]: one canvas, so that the rows are level."""
+  parts, places, begin = [], [], 0
+  for title, values in groups.items():
+    k = values.shape[1]
+    title, colours = _titled(title, values.reshape(-1, *values.shape[2:]), transform)
+    part = tile(colours, k, border=4)
+    parts += [part, np.ones((len(part), colours.shape[2] // 5, 3))]
+    places.append((begin + part.shape[1] / 2, title, k))
+    begin += part.shape[1] + parts[-1].shape[1]
+  canvas = np.hstack(parts[:-1])
+  inches = min(2.0, max(1.0, colours.shape[2] / 120))  # the width of one image
+  height, width = np.array(canvas.shape[:2]) * inches / colours.shape[2]
+  left, top = 0.1 + 0.08 * max(map(len, row_labels)), 0.65  # room for labels and titles, in inches
+  size = left + width, top + height
+  figure = plt.figure(figsize=size)
+  axis = figure.add_axes([left / size[0], 0, width / size[0], height / size[1]])
+  axis.imshow(canvas, aspect="auto")
+  for place, title, k in places:
+    text = textwrap.fill(title, round(14 * inches * k), break_long_words=False)
+    axis.text(place, 0, text, fontsize=9, ha="center", va="bottom")
+  axis.set_xticks([])
+  axis.set_yticks((np.arange(len(row_labels)) + 0.5) * len(canvas) / len(row_labels), row_labels)
+  axis.tick_params(length=0)
+  axis.spines[:].set_visible(False)
+  _save(figure, path)
+
+
+def _titled(title: str, images: np.ndarray, transform: Transform) -> tuple[str, np.ndarray]:
+  """Title and colours of a column of images; standard deviations have a scale of their own."""
+  if title == SPREAD:
+    grey = images.mean(-1, keepdims=True)
+    top = float(grey.max())
+    shown = 2 * grey / (top or 1) - 1
+    return f"{title} (white:\N{NO-BREAK SPACE}{top:.2g})", _enlarged(shown, Transform(256))
+  return title, _enlarged(images, transform if transform.levels else Transform(256))
+
+
+def _conditional_panels(path: Path, groups: dict, row_labels: list) -> None:
+  """`save_conditional` of vectors and sequences [n, k, *d], of which the first channel is drawn."""
+  n, std = len(row_labels), groups.get(SPREAD)
+  shape = -(-n // 4), min(n, 4)
+  size = 3.4 * shape[1], 3.2 * shape[0] + 0.6
+  figure, axes = plt.subplots(*shape, figsize=size, squeeze=False, layout="constrained")
+  for i, (axis, label) in enumerate(zip(axes.flat, row_labels)):
+    drawn = {title: values for title, values in groups.items() if title != SPREAD}
+    for colour, (title, values) in enumerate(drawn.items()):
+      error = std[i] if title == MEAN and std is not None else None
+      draw = _points if values.shape[2:] == (2,) else _lines
+      draw(axis, values[i], error, title, f"C{colour}")
+    axis.set_title(label)
+    axis.grid(alpha=0.3)
+  for axis in axes.flat[n:]:
+    axis.set_axis_off()
+  handles, labels = axes[0, 0].get_legend_handles_labels()
+  figure.legend(handles, labels, loc="outside lower center", ncols=len(groups))
+  _save(figure, path)
+
+
+def _points(axis: plt.Axes, x: np.ndarray, std: np.ndarray | None, title: str, colour: str) -> None:
+  """Points [k, 2]: a cloud, or one with its standard deviation [1, 2]."""
+  style = {"marker": "X", "markersize": 8} if len(x) == 1 else {"marker": ".", "alpha": 0.4}
+  errors = {} if std is None else dict(zip(("xerr", "yerr"), std.T))
+  axis.errorbar(*x.T, **errors, **style, linestyle="", label=title, color=colour)
+  axis.set_aspect("equal", adjustable="datalim")
+
+
+def _lines(axis: plt.Axes, x: np.ndarray, std: np.ndarray | None, title: str, colour: str) -> None:
+  """Examples [k, n, ...] against the position, the standard deviation [1, n, ...] as a band."""
+  y = x.reshape(*x.shape[:2], -1)[..., 0]
+  style = {"linewidth": 1.5} if len(x) == 1 else {"linewidth": 0.7, "alpha": 0.5}
+  labels = [title, *["_"] * (len(x) - 1)]  # the legend leaves out what begins so
+  axis.plot(y.T, **style, color=colour, label=labels)
+  if std is not None:
+    error = std.reshape(*std.shape[:2], -1)[0, :, 0]
+    axis.fill_between(range(len(error)), y[0] - error, y[0] + error, color=colour, alpha=0.2)
+  axis.set_xlabel("position")

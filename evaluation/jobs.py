@@ -13,7 +13,15 @@ import numpy as np
 
 import devices
 from errors import ConfigError
-from evaluation import bits_per_dim, figures, sample_quality, samples, sweep
+from evaluation import (
+  bits_per_dim,
+  conditional,
+  figures,
+  sample_quality,
+  samples,
+  sweep,
+  train_classifier,
+)
 from evaluation.batches import spread
 from evaluation.denoising import HeldOut, gaussian_predictor_loss
 from evaluation.evidence import standard_error
@@ -25,16 +33,19 @@ LARGEST_GAUSSIAN = 4096  # dimensions of an example whose best Gaussian predicto
 
 
 def run_sample(job: Job) -> dict[str, Any]:
-  """Draws `sampling.num_samples` examples: a picture, the values as npz, and the picture of both
-  processes.
+  """Carries out `guidance.task`, or draws `sampling.num_samples` examples: a picture, the values as
+  npz, and the picture of both processes.
   """
   experiment, options = job.experiment, job.experiment.config.sampling
-  values, nfe, seconds = samples.draw(job, options.num_samples)
+  if experiment.config.guidance.task != "none":
+    return conditional.run(job)
+  values, nfe, seconds, labels = samples.draw(job, options.num_samples)
   if devices.is_first():
     transform, results = experiment.transform, job.workdir / "results"
     x = np.asarray(transform.forward(jnp.asarray(values)))
     figures.save_samples(results / "samples.png", x, transform)
-    np.savez_compressed(results / "samples.npz", image=values)
+    columns = {} if labels is None else {"label": labels}
+    np.savez_compressed(results / "samples.npz", image=values, **columns)
     if options.sampler not in SOLVES and len(experiment.spec.shape) == 3:
       try:
         _process_figure(job, results / "process.png")
@@ -53,11 +64,13 @@ def run_sample(job: Job) -> dict[str, Any]:
 
 def _process_figure(job: Job, path: Path, num_images: int = 6, num_frames: int = 11) -> None:
   """Forward noising of test images and reverse generation of samples, at the same noise levels."""
-  experiment, params = job.experiment, devices.to_host(job.params)
+  experiment, weights = job.experiment, devices.to_host(train_classifier.weights(job))
   sde, split = experiment.sde, experiment.config.evaluation.split
   images = experiment.dataset.splits[split]["image"]
   images = images[spread(len(images), num_images)]
-  frames = np.asarray(experiment.trajectory(params, example_keys(job.key("sampling"), num_images)))
+  keys = example_keys(job.key("sampling"), num_images)
+  labels = experiment.asked(keys, np.arange(num_images))
+  frames = np.asarray(experiment.trajectory(weights, keys, labels))
   times = np.asarray(experiment.times)
   position = np.linspace(0, len(times) - 1, num_frames).round().astype(int)
   log_snrs = np.asarray(log_snr(sde, jnp.asarray(times[position])))[::-1]

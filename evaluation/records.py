@@ -13,9 +13,9 @@ import settings
 
 # mode: the sections of the configuration that its result depends on, beside the training
 SECTIONS = {
-  "sample": ("sampling",),
+  "sample": ("sampling", "guidance"),
   "likelihood": ("likelihood",),
-  "evaluate": ("evaluation", "sampling"),
+  "evaluate": ("evaluation", "sampling", "guidance"),
 }
 
 # of a likelihood record: its number, and how it is called

@@ -11,11 +11,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import devices
+import tasks
 from data_sources.cache import data_dir
 from errors import check, lookup
 from evaluation import fid, files, inception_score, memorization, metrics, modes, samples
 from evaluation.batches import spread
-from evaluation.estimate import Estimate
+from evaluation.estimate import Estimate, proportion
 from evaluation.features import Extractor, Outputs, extract, make_extractor
 from evaluation.trained import Job
 from experiment import Experiment
@@ -60,6 +61,14 @@ def _memorization(generated: Outputs, plan: Plan) -> dict[str, Estimate]:
   return memorization.memorization(*parts).estimates
 
 
+def _class_agreement(generated: Outputs, plan: Plan) -> dict[str, Estimate]:
+  """The share of samples that the classifier, which has guided nothing, takes for what they were
+  asked to be.
+  """
+  hits = generated.probabilities.argmax(1) == generated.labels
+  return {"class_agreement": proportion(hits, "share classified as asked, Wilson's interval")}
+
+
 # of class probabilities, which not every feature network has
 OF_CLASSES = {
   "inception_score": metrics.Metric(
@@ -67,6 +76,7 @@ OF_CLASSES = {
     lambda d: 2 * inception_score.NUM_SPLITS,
   ),
   "modes": metrics.Metric(_modes, lambda d: 1),
+  "class_agreement": metrics.Metric(_class_agreement, lambda d: 1),
 }
 
 # evaluation.metrics: (outputs of samples, `Plan`) -> figures by name; samples needed, given d
@@ -129,7 +139,13 @@ def _real(experiment: Experiment, extractor: Extractor, split: str, most: int = 
     if devices.is_first():
       files.write_arrays(path, {n: a for n, a in outputs._asdict().items() if a is not None})
   devices.wait_for_all("features are written")
-  return Outputs(**files.read_arrays(path))
+  outputs, labels = (
+    Outputs(**files.read_arrays(path)),
+    experiment.dataset.splits[split].get("label"),
+  )
+  return (
+    outputs if labels is None else outputs._replace(labels=labels[spread(len(labels), len(values))])
+  )
 
 
 def _check_room(workdir: Path, experiment: Experiment, num_samples: int) -> None:
@@ -164,6 +180,12 @@ def plan(experiment: Experiment, workdir: Path) -> Plan | None:
     check(few >= needed, "evaluation.num_samples", num_samples, legal, leave_out)
     has_classes = name not in OF_CLASSES or reference.probabilities is not None
     check(has_classes, FIELD, name, f"for features with classes, not {extractor.name}", mend)
+  if "class_agreement" in options.metrics:
+    name, told = extractor.name, tasks.has_classes(experiment.config, experiment.model)
+    legal = f"for evaluation.features=classifier, whose classes are those of the data, not {name}"
+    check(name == "classifier", FIELD, "class_agreement", legal, mend)
+    legal = "for samples of which classes are asked: a network with classes, or guidance.classes"
+    check(told, FIELD, "class_agreement", legal)
   training = _real(experiment, extractor, "train", MOST_TRAINING)
   of_training = options.reference == "train"
   held_out = _real(experiment, extractor, options.split) if of_training else reference
@@ -202,6 +224,7 @@ def measured(job: Job, prepared: Plan) -> tuple[dict[str, dict], samples.Samples
   """
   options, drawn = job.experiment.config.evaluation, samples.draw(job, prepared.num_samples)
   outputs = extract(prepared.extractor, drawn.values, options.batch_size)
+  outputs = outputs._replace(labels=drawn.labels)
   return as_json(prepared.measure(options.metrics, outputs)), drawn
 
 

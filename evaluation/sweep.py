@@ -68,7 +68,7 @@ def run(job: Job, prepared: Plan) -> list[dict[str, Any]]:
     _print(rows[-1], with_titles=len(rows) == 1)
   if devices.is_first():
     path.parent.mkdir(parents=True, exist_ok=True)
-    digest = settings.digest(job.experiment.config, "evaluation", "sampling")
+    digest = settings.digest(job.experiment.config, *records.SECTIONS["evaluate"])
     settings.write_text(path, json.dumps({"rows": rows, "config_digest": digest}, indent=2) + "\n")
     figures.save_sweep(path.with_suffix(".png"), rows)
   return rows

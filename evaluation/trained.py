@@ -1,11 +1,12 @@
 """The trained network of a workdir: restored, or trained first."""
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import json
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from evaluation.batches import draw_samples, keys_of, spread
 from evaluation.denoising import HeldOut
 from evaluation.fid import sample_frechet_distance
 from evaluation.records import SECTIONS, result_path
-from experiment import Experiment, build
+from experiment import Experiment, Weights, build
 
 PACKAGES = ("jax", "flax", "optax", "diffrax", "orbax-checkpoint", "numpy")
 FITTED = 10_000
@@ -108,19 +109,37 @@ def start(
     if not config.ema.post_hoc:
       print(f"restored the EMA weights of step {step}", flush=True)
     return job
-  total, spec = config.training.num_steps, experiment.spec
-  legal, mend = f"{step} or more: so far {workdir} was trained", "choose another --workdir"
-  check((step or 0) <= total, "training.num_steps", total, legal, mend)
-  legal, mend = f"the data of {saved}, which {workdir} was trained on", "choose another --workdir"
-  check(saved in (None, spec), "data.name", f"{config.data.name}: {spec}", legal, mend)
+  check_goes_on(config, experiment.spec, workdir)
   experiment.dataset  # noqa: B018  data that cannot be read leave no folder behind
   check_more(experiment, workdir)
-  if not devices.is_first():
+  with writing(config, experiment.spec, workdir):
     return _train(experiment, workdir)
+
+
+def check_goes_on(
+  config: ConfigDict, spec: data.Spec, workdir: Path, section: str = "training"
+) -> None:
+  """A training goes on with the data that it began with, and forwards; `section` is the one of its
+  num_steps.
+  """
+  step, saved = max(complete_steps(workdir / "checkpoints"), default=0), _read_spec(workdir)
+  total, mend = config[section].num_steps, "choose another --workdir"
+  legal = f"{step} or more: so far {workdir} was trained"
+  check(step <= total, f"{section}.num_steps", total, legal, mend)
+  legal = f"the data of {saved}, which {workdir} was trained on"
+  check(saved in (None, spec), "data.name", f"{config.data.name}: {spec}", legal, mend)
+
+
+@contextlib.contextmanager
+def writing(config: ConfigDict, spec: data.Spec, workdir: Path) -> Iterator[None]:
+  """Holds the lock of a training's folder, which tells what is trained there and on what."""
+  if not devices.is_first():
+    yield
+    return
   with run_control.only_run(workdir):
     settings.save(config, workdir)
     settings.write_text(workdir / "data.json", json.dumps(spec._asdict()) + "\n")
-    return _train(experiment, workdir)
+    yield
 
 
 def _read_spec(workdir: Path) -> data.Spec | None:
@@ -188,7 +207,7 @@ def _preview(experiment: Experiment, params: PyTree, workdir: Path, step: int) -
   config = experiment.config
   key, count = jax.random.key(config.sampling.seed), config.training.frechet_samples
   wanted = max(count, config.sampling.batch_size)
-  x, _ = draw_samples(experiment, params, key, wanted)
+  x = draw_samples(experiment, Weights(params), key, wanted)
   if devices.is_first():
     path = workdir / "samples" / f"step_{step:06d}.png"
     figures.save_samples(path, x[: config.sampling.batch_size], experiment.transform)

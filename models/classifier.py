@@ -1,4 +1,4 @@
-"""Classifiers of noisy images, told the noise level: p(y | x_t) for classifier guidance."""
+"""Classifiers of noisy data, told the noise level: p(y | x_t) for classifier guidance."""
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +14,10 @@ class Model(nn.Module):
   reach the architectures that have a field of that name.
 
   Attributes:
-    architecture: "wide_resnet" (see `WideResNet`) or "adm_encoder" (see `AdmEncoder`).
+    architecture: "wide_resnet" (see `WideResNet`) or "adm_encoder" (see `AdmEncoder`) for images,
+      "mlp" (see `Perceptron`) for data of any shape.
     num_classes: length of the output.
+    hidden: of "mlp".
     depth, widen, embedding: of "wide_resnet".
     nf, ch_mult, num_res_blocks, attn_resolutions, num_head_channels, dropout, dtype, remat: of
       "adm_encoder"; the defaults are ADM's for ImageNet 64x64, where the paper has 4 blocks.
@@ -23,6 +25,7 @@ class Model(nn.Module):
 
   architecture: str = "wide_resnet"
   num_classes: int = 10
+  hidden: tuple[int, ...] = (128, 128, 128)
   depth: int = 28
   widen: int = 10
   embedding: str = "fourier"
@@ -37,11 +40,36 @@ class Model(nn.Module):
 
   @nn.compact
   def __call__(
-    self, x: Float[Array, "b h w c"], c_noise: Float[Array, " b"], train: bool = False
+    self, x: Float[Array, "b *d"], c_noise: Float[Array, " b"], train: bool = False
   ) -> Float[Array, "b k"]:
-    """Logits [b, num_classes], float32, of x [b, h, w, c] at the noise condition c_noise [b]."""
+    """Logits [b, num_classes], float32, of x [b, *d] at the noise condition c_noise [b]."""
     network = _pick(ARCHITECTURES, "architecture", self.architecture)
+    if self.architecture != "mlp" and x.ndim != 4:
+      raise ValueError(f"architecture {self.architecture!r} is for images [h, w, c]: take 'mlp'")
     return network(self)(x, c_noise, train)
+
+
+class Perceptron(nn.Module):
+  """Fully connected layers, each told the noise, for data of any one shape, flattened.
+
+  Attributes:
+    hidden: width of each hidden layer.
+  """
+
+  num_classes: int
+  hidden: tuple[int, ...] = (128, 128, 128)
+
+  @nn.compact
+  def __call__(
+    self, x: Float[Array, "b *d"], c_noise: Float[Array, " b"], train: bool
+  ) -> Float[Array, "b k"]:
+    """Logits [b, num_classes] at c_noise: log sigma, or a timestep."""
+    told = nn.swish(nn.Dense(64, name="noise")(unet.sinusoidal_embedding(c_noise, 64)))
+    h = x.reshape(len(x), -1)
+    for i, features in enumerate(self.hidden):
+      h = nn.Dense(features, name=f"hidden_{i}")(h)
+      h = nn.swish(h + nn.Dense(features, name=f"noise_{i}")(told))
+    return nn.Dense(self.num_classes, kernel_init=_uniform_out, name="logits")(h)
 
 
 class WideResNet(nn.Module):
@@ -51,8 +79,8 @@ class WideResNet(nn.Module):
   Attributes:
     depth: 6 n + 4 for n blocks in each of the three groups.
     widen: the groups have 16, 32 and 64 times as many channels.
-    embedding: how the noise level enters, a name in `EMBEDDINGS`: "fourier" is for log sigma,
-      "positional" for timesteps 0 .. 999.
+    embedding: how the noise level enters, a name in `EMBEDDINGS`: "fourier" is for log sigma and
+      large data sets, "positional" for timesteps 0 .. 999, or smooth in log sigma.
   """
 
   num_classes: int
@@ -122,6 +150,9 @@ class FourierEmbedding(nn.Module):
 class AdmEncoder(adm.Trunk):
   """The downward half of ADM's U-Net, then attention pooling (Dhariwal & Nichol 2021, section 4 and
   appendix I). The pooling fixes the size of the images.
+
+  The embedding of time is sinusoidal, of periods from 2 pi up: made for timesteps 0 .. 999, it
+  tells values of log sigma apart as well (Karras et al. 2022 tell this network log(sigma) / 4).
   """
 
   num_classes: int = 1000
@@ -130,7 +161,7 @@ class AdmEncoder(adm.Trunk):
 
   @nn.compact
   def __call__(self, x: Float[Array, "b h w c"], c_noise: Float[Array, " b"], train: bool):
-    """Logits [b, num_classes] of x [b, h, w, c] at the timestep c_noise [b]."""
+    """Logits [b, num_classes] of x [b, h, w, c] at c_noise [b]: a timestep, or log sigma."""
     h, _ = self.encode(x, self.time_embedding(c_noise), train)
     h = nn.swish(adm.group_norm(h.shape[-1], name="head_0")(h))
     heads = adm.count_heads(h.shape[-1], self.num_heads, self.num_head_channels)
@@ -158,6 +189,7 @@ ARCHITECTURES = {
     remat=m.remat,
     name="adm_encoder",
   ),
+  "mlp": lambda m: Perceptron(m.num_classes, m.hidden, name="mlp"),
 }
 
 

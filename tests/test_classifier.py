@@ -22,6 +22,7 @@ TINY = {
     "num_head_channels": 4,
     "dropout": 0.5,
   },
+  "mlp": {"architecture": "mlp", "hidden": (8, 8)},
 }
 # quick to compile, slow to run
 QUICK = {"xla_backend_optimization_level": "0"}
@@ -71,7 +72,16 @@ def test_logits_of_any_image(kind, shape):
   assert out.dtype == jnp.float32
 
 
-@pytest.mark.parametrize("kind", ["wide_resnet", "adm_encoder"])
+def test_logits_of_vectors_and_sequences():
+  model = Model(num_classes=4, **TINY["mlp"])
+  for shape in ((3, 2), (3, 16, 1)):
+    init = functools.partial(model.init_with_output, jax.random.key(0))
+    assert jax.eval_shape(init, jnp.zeros(shape), NOISE)[0].shape == (3, 4)
+  with pytest.raises(ValueError, match=r"'wide_resnet' is for images .* take 'mlp'"):
+    parameters(Model(), (3, 2))
+
+
+@pytest.mark.parametrize("kind", ["wide_resnet", "adm_encoder", "mlp"])
 def test_the_gradient_of_a_class_reaches_every_pixel(kind):
   variables = {"params": network(kind)[0]}
   logits = functools.partial(Model(num_classes=4, **TINY[kind]).apply, variables)

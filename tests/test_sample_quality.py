@@ -52,11 +52,11 @@ def straight(job, tmp_path_factory):
 def test_a_killed_drawing_goes_on(job, straight, tmp_path, monkeypatch):
   draw, blocks = samples._draw, []
 
-  def killed(job, block, path):
+  def killed(job, weights, block, path):
     blocks.append(block)
     if len(blocks) == 2:
       raise KeyboardInterrupt
-    draw(job, block, path)
+    draw(job, weights, block, path)
 
   monkeypatch.setattr(samples, "_draw", killed)
   with pytest.raises(KeyboardInterrupt):

@@ -61,6 +61,33 @@ OPTIMIZER_OPTIONS = {
   "sgd": {"momentum": 0.9},
 }
 
+# what samples are asked for (guidance.py): every method with its options
+GUIDANCE = {
+  "classes": "none",
+  "labels": (),
+  "task": "none",
+  "operator": "inpainting",
+  "operators": {
+    "inpainting": {"mask": "lower_half"},
+    "colorization": {},
+    "super_resolution": {"factor": 2},
+    "deblurring": {"blur_std": 1.0},
+  },
+  "noise_std": 0.0,
+  "inputs": "test",
+  "num_inputs": 8,
+  "num_results": 6,
+  "options": {
+    "classifier": {"scale": 1.0},
+    "classifier_free": {"scale": 1.0, "low": 0.0, "high": math.inf},
+    "repaint": {"num_resamplings": 10},
+    "dps": {"step_size": 0.5},
+    "pigdm": {"data_std": 1.0},
+    "moment_matching": {"num_iterations": 2},
+    "smc": {"num_particles": 16, "data_std": 1.0},
+  },
+}
+
 # without a process and a network; image_size 0: as stored; centered: in [-1, 1], else in [0, 1]
 TREE = {
   "seed": 0,
@@ -126,6 +153,7 @@ TREE = {
     "wandb": "",
   },
   "sampling": SAMPLING,
+  "guidance": GUIDANCE,
   "likelihood": {
     "split": "test",
     "num_examples": 0,
@@ -161,6 +189,21 @@ TREE = {
     "reference": "test",
     "num_samples": 0,
     "sweep": {"checkpoints": (), "samplers": (), "num_steps": ()},
+  },
+  # p(y | x_t) for guidance; args: of models/classifier.py, whose num_classes are those of the data
+  "classifier": {
+    "args": {
+      "architecture": "wide_resnet",
+      "depth": 10,
+      "widen": 2,
+      "embedding": "positional",
+    },
+    "num_steps": 1500,
+    "batch_size": 64,
+    "learning_rate": 2e-3,
+    "weight_decay": 0.05,
+    "log_every": 100,
+    "checkpoint_every": 500,
   },
   "import_": {"path": "", "weights": "ema"},
 }

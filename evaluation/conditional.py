@@ -1,0 +1,205 @@
+"""The tasks of the mode sample: several results for each input, what they are conditioned on beside
+them.
+"""
+
+import functools
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+import devices
+import guidance
+import tasks
+from evaluation import figures, inputs, train_classifier
+from evaluation.batches import check_finite, keys_of, parts
+from evaluation.trained import Job
+from experiment import Experiment, Weights
+from likelihood import encode
+from parameterization import make_score_fn
+from sampling import interpolate
+from sde_lib import fold_in, normal, perturb, sample_prior
+
+ENCODING = ("solver", "rtol", "atol", "max_steps")  # of config.likelihood
+
+
+def _measured(
+  experiment: Experiment, weights: Weights, keys: Array, measurement: Array, labels: Array | None
+) -> tuple[Array, Array]:
+  """(results given their measurements, network evaluations)."""
+  config, sde = experiment.config, experiment.sde
+  task, options = config.guidance.task, tasks.method_options(config)
+  method, operator = tasks.METHODS[task], tasks.operator_of(config, experiment.spec.shape)
+  noise_fn, changes, wrap = experiment.guided(weights), {}, None
+  condition, start_keys = labels, fold_in(keys, 2)
+  if method.hook:
+    hook_options = {} if method.wrapper else options
+    noise_fn = method.hook(sde, noise_fn, operator, **hook_options)
+    condition = guidance.Condition(measurement, labels)
+  if method.step:
+    wrap = lambda step: method.step(sde, operator, measurement, **options)
+  if method.wrapper:
+    wrap = lambda step: method.wrapper(sde, step, operator, measurement, **options)
+  if method.hook is guidance.null_space:
+    prior = sample_prior(fold_in(keys, 0), sde, (len(keys), *experiment.spec.shape))
+    given = start_keys, sde, operator, prior, measurement, sde.t_max
+    changes["init"] = guidance.noised_measurement(*given)
+  if task == "smc":
+    changes["times"] = jnp.append(experiment.times, experiment.times[-1])
+  x, nfe = experiment.draw(keys, noise_fn, condition, wrap=wrap, **changes)
+  exact = not config.guidance.noise_std
+  return guidance.consistent(operator, x, measurement) if exact else x, nfe
+
+
+def _transported(
+  experiment: Experiment, weights: Weights, keys: Array, start: Array, labels: Array | None
+) -> tuple[Array, Array]:
+  """(results that begin at given states, network evaluations)."""
+  return experiment.draw(keys, experiment.guided(weights), labels, init=start)
+
+
+def _noised(experiment: Experiment, _: Weights, x: Array, keys: Array) -> Array:
+  """Each row of [n, k, *d] noised to where the sampler begins (Meng et al. 2022, "SDEdit")."""
+  flat = x.reshape(-1, *x.shape[2:])
+  noise = normal(fold_in(keys, 0), flat.shape)
+  return perturb(experiment.sde, flat, noise, experiment.times[0]).reshape(x.shape)
+
+
+def _latents(experiment: Experiment, weights: Weights, x: Array) -> Array:
+  """Latents [n, *d] of examples by the probability flow without guidance and classes."""
+  options = {name: experiment.config.likelihood[name] for name in ENCODING}
+
+  @jax.jit
+  def run(params, x):
+    score_fn = make_score_fn(experiment.sde, experiment.noise_fn(params))
+    with jax.default_matmul_precision("highest"):
+      return encode(experiment.sde, score_fn, x, **options)[0]
+
+  return run(weights.network, x)
+
+
+def _own_latents(experiment: Experiment, weights: Weights, x: Array, keys: Array) -> Array:
+  """The latent of each input, for all of its results (Su et al. 2023, "Dual diffusion implicit
+  bridges", section 3.2: decoded under another condition).
+  """
+  return jnp.broadcast_to(_latents(experiment, weights, x[:, 0])[:, None], x.shape)
+
+
+def _arcs(experiment: Experiment, weights: Weights, x: Array, keys: Array) -> Array:
+  """Latents from that of each input to that of the next."""
+  z = _latents(experiment, weights, x[:, 0])
+  return jnp.moveaxis(interpolate(z, jnp.roll(z, -1, 0), x.shape[1]), 0, 1)
+
+
+# task: (experiment, weights, inputs [n, k, *d], their keys [n k]) -> where its results begin
+STARTS = {"image_to_image": _noised, "latent_edit": _own_latents, "interpolation": _arcs}
+
+
+class Begin(NamedTuple):
+  """`draw`(experiment, weights, keys, states, labels) makes one result of `size` consecutive rows,
+  particles where there are several; `states` [n k, ...] is what results begin with, `given` [n, *d]
+  the picture of it.
+  """
+
+  draw: Callable
+  size: int
+  states: Array
+  given: Array
+
+
+def _begin(job: Job, weights: Weights, x: Float[np.ndarray, "n *d"], keys: Array) -> Begin:
+  """What the task needs of these inputs; `keys` [n k] of the results."""
+  experiment, config = job.experiment, job.experiment.config
+  settings = config.guidance
+  flat = lambda a: a.reshape(-1, *a.shape[2:])
+  repeat = lambda a: jnp.repeat(jnp.asarray(a)[:, None], settings.num_results, 1)
+  if settings.task in STARTS:
+    states = STARTS[settings.task](experiment, weights, repeat(x), keys)
+    return Begin(_transported, 1, flat(states), x)
+  operator = tasks.operator_of(config, x.shape[1:])
+  y = operator.forward(jnp.asarray(x))
+  if settings.inputs in experiment.spec.splits:  # files are measurements, and have their noise
+    y += settings.noise_std * normal(job.key("sampling"), y.shape)
+  given = y if y.shape == x.shape else operator.pseudo_inverse(y)
+  size = tasks.method_options(config).get("num_particles", 1)
+  return Begin(_measured, size, flat(repeat(y)), given)
+
+
+def _results(job: Job, x: Float[np.ndarray, "n *d"]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+  """(results [n, k, *d], network evaluations [n, k], what is given of each input [n, *d]); of
+  particles a random one is the result.
+  """
+  experiment, settings = job.experiment, job.experiment.config.guidance
+  weights, n, k = train_classifier.weights(job), len(x), settings.num_results
+  keys = keys_of(job.key("sampling"), np.arange(n * k))
+  begin = _begin(job, weights, x, keys)
+  run = experiment.over_devices(functools.partial(begin.draw, experiment), 3)
+  num_devices, batches = experiment.mesh.size, []
+  most = max(1, experiment.config.sampling.batch_size // (begin.size * num_devices))
+  for index, valid in parts(n * k, min(most, -(-n * k // num_devices)) * num_devices, "sampling"):
+    rows = np.repeat(index, begin.size)
+    particle = np.arange(len(rows)) % begin.size
+    row_keys = jax.vmap(jax.random.fold_in)(keys[rows], jnp.asarray(particle))
+    wanted = settings.labels
+    labels = np.asarray(wanted, np.int32)[rows % k % len(wanted)] if wanted else None
+    out = devices.to_host(run(weights, row_keys, begin.states[rows], labels))
+    one = jax.vmap(lambda key: jax.random.randint(key, (), 0, begin.size))(keys[index])
+    chosen = begin.size * np.arange(len(index)) + np.asarray(one)
+    batches.append([a[chosen][:valid] for a in out])
+  values, nfe = (np.concatenate(a).reshape(n, k, *a[0].shape[1:]) for a in zip(*batches))
+  check_finite(values)
+  return values, nfe, np.asarray(begin.given)
+
+
+def _errors(job: Job, x: np.ndarray, results: np.ndarray) -> dict[str, float]:
+  """How far results are from the input, and their measurements from its own."""
+  config, error = job.experiment.config, lambda a: float(np.sqrt(np.square(a).mean()))
+  figures_ = {
+    "rms_difference": error(results - x[:, None]),
+    "rms_difference_of_mean": error(results.mean(1) - x),
+    "mean_standard_deviation": float(results.std(1).mean()),
+  }
+  if config.guidance.task not in tasks.METHODS:
+    return figures_
+  forward = tasks.operator_of(config, x.shape[1:]).forward
+  flat = jnp.asarray(results.reshape(-1, *x.shape[1:]))
+  rest = np.asarray(forward(flat)).reshape(*results.shape[:2], -1)
+  rest = rest - np.asarray(forward(jnp.asarray(x))).reshape(len(x), 1, -1)
+  return figures_ | {"largest_measurement_error": float(np.abs(rest).max())}
+
+
+def run(job: Job) -> dict[str, Any]:
+  """Draws `guidance.num_results` results for each input: a picture of all, the values as npz."""
+  experiment, config = job.experiment, job.experiment.config
+  settings, transform, begin = config.guidance, experiment.transform, time.perf_counter()
+  grey = settings.task in tasks.METHODS and settings.operator == "colorization"
+  dataset_of = lambda: experiment.dataset
+  source = settings.inputs, settings.num_inputs, experiment.spec, transform, dataset_of
+  x = inputs.read(*source, grey=grey)
+  results, nfe, given = _results(job, x)
+  seconds = time.perf_counter() - begin
+  if devices.is_first():
+    folder = job.workdir / "results"
+    columns = {"input": x} if settings.task in STARTS else {"input": x, "measurement": given}
+    columns |= {"results": results, "mean": results.mean(1)}
+    deviation = {"standard deviation": results.std(1)}
+    figures.save_conditional(folder / "conditional.png", columns | deviation, transform)
+    stored = {name: np.asarray(transform.inverse(jnp.asarray(a))) for name, a in columns.items()}
+    np.savez_compressed(folder / "conditional.npz", **stored)
+  record = {
+    "task": settings.task,
+    "operator": settings.operator,
+    "classes": settings.classes,
+    "sampler": config.sampling.sampler,
+    "num_samples": results.shape[0] * results.shape[1],
+    "nfe": int(nfe.max()),
+    "images_per_second": round(results.shape[0] * results.shape[1] / seconds, 2),
+    **_errors(job, x, results),
+    "seed": config.sampling.seed,
+    "grid": "conditional.png",
+  }
+  return job.write("sample", seconds, record)
