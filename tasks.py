@@ -120,6 +120,12 @@ def _check_classes(config: ConfigDict, model: nn.Module, spec: data.Spec) -> Non
     legal = "none or classifier: it was trained with loss.label_dropout = 0, never without a class"
     dropped = config.loss.label_dropout > 0
     check(dropped, "guidance.classes", settings.classes, legal, mend)
+  never = classes and not config.loss.label_dropout and settings.task != "none"
+  legal = "the classes of the results: the network was trained with loss.label_dropout = 0"
+  check(not never or bool(settings.labels), "guidance.labels", settings.labels, legal)
+  legal = "another one: the network was never told of no class (loss.label_dropout = 0)"
+  latent = settings.task in ("latent_edit", "interpolation")
+  check(not (never and latent), "guidance.task", settings.task, legal)
   mend = "set guidance.classes=classifier, or train a network with model.args.num_classes"
   legal = "() here: nothing is told of classes"
   told = has_classes(config, model) or not settings.labels

@@ -172,6 +172,21 @@ def _errors(job: Job, x: np.ndarray, results: np.ndarray) -> dict[str, float]:
   return figures_ | {"largest_measurement_error": float(np.abs(rest).max())}
 
 
+def _columns(job: Job, x: np.ndarray, given: np.ndarray, results: np.ndarray) -> dict:
+  """What stands beside each other in the picture; results for different classes, or along an arc,
+  have no mean.
+  """
+  settings = job.experiment.config.guidance
+  if settings.task == "interpolation":
+    return {"input": x, "results": results, "next input": np.roll(x, -1, 0)}
+  columns = {"input": x, "results": results}
+  if settings.task in tasks.METHODS:
+    columns = {"input": x, "measurement": given, "results": results}
+  if len(settings.labels) < 2 and settings.num_results > 1:
+    columns |= {"mean": results.mean(1), "standard deviation": results.std(1)}
+  return columns
+
+
 def run(job: Job) -> dict[str, Any]:
   """Draws `guidance.num_results` results for each input: a picture of all, the values as npz."""
   experiment, config = job.experiment, job.experiment.config
@@ -183,17 +198,20 @@ def run(job: Job) -> dict[str, Any]:
   results, nfe, given = _results(job, x)
   seconds = time.perf_counter() - begin
   if devices.is_first():
-    folder = job.workdir / "results"
-    columns = {"input": x} if settings.task in STARTS else {"input": x, "measurement": given}
-    columns |= {"results": results, "mean": results.mean(1)}
-    deviation = {"standard deviation": results.std(1)}
-    figures.save_conditional(folder / "conditional.png", columns | deviation, transform)
-    stored = {name: np.asarray(transform.inverse(jnp.asarray(a))) for name, a in columns.items()}
-    np.savez_compressed(folder / "conditional.npz", **stored)
+    folder, stored = (
+      job.workdir / "results",
+      lambda a: np.asarray(transform.inverse(jnp.asarray(a))),
+    )
+    figures.save_conditional(
+      folder / "conditional.png", _columns(job, x, given, results), transform
+    )
+    values = {"input": stored(x), "result": stored(results), "nfe": nfe}
+    np.savez_compressed(folder / "conditional.npz", **values)
   record = {
     "task": settings.task,
-    "operator": settings.operator,
+    **({"operator": settings.operator} if settings.task in tasks.METHODS else {}),
     "classes": settings.classes,
+    "labels": settings.labels,
     "sampler": config.sampling.sampler,
     "num_samples": results.shape[0] * results.shape[1],
     "nfe": int(nfe.max()),

@@ -1,8 +1,8 @@
 """What guidance costs: python -m evaluation.guidance_cost [rounds].
 
-Each round runs, one after the other, ten steps of ancestral sampling without guidance and with every
-kind of it, and what each calls as often outside of a loop, so that a busy machine slows all alike;
-medians of the ratios over the rounds are printed. XLA's CPU backend is slow at gradients of
+Each round runs, one after the other, ten steps of ancestral sampling without guidance and with
+every kind of it, and what each calls as often outside of a loop, so that a busy machine slows all
+alike; medians of the ratios over the rounds are printed. XLA's CPU backend is slow at gradients of
 convolutions within loops: "in a loop" tells whether ours are.
 """
 

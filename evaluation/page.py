@@ -43,6 +43,8 @@ pre { overflow-x: auto; font-size: 0.8rem }
 # the pictures in the order of the page; others follow under their own names
 CAPTIONS = {
   "samples.png": "Samples",
+  "conditional.png": "Inputs, and what was drawn for each",
+  "classifier.png": "Accuracy of the classifier of noised examples",
   "process.png": "Held-out examples being noised (above), samples being generated (below)",
   "likelihood.png": "Likelihood of the examples of a split",
   "interpolation.png": "Between pairs of held-out examples, along their latents",
