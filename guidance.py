@@ -203,7 +203,8 @@ def dps(
     def total_distance(x):
       predicted = noise_fn.with_variance(x, t)
       error = measurement - operator.forward(data_from_noise(sde, x, predicted[0], t))
-      return jnp.sqrt((error**2).reshape(len(x), -1).sum(1)).sum(), predicted
+      squares = (error**2).reshape(len(x), -1).sum(1)
+      return jnp.sqrt(squares + 1e-30).sum(), predicted  # of no distance the gradient is 0
 
     gradient, predicted = jax.grad(total_distance, has_aux=True)(state.x)
     noise_fn.remember(state.x, t, predicted)

@@ -16,7 +16,7 @@ from errors import ConfigError, check, lookup
 from operators import Operator, make_operator
 
 DETERMINISTIC = ("ddim", "dpm_solver", "edm", "probability_flow", "unipc")
-STOCHASTIC = ("eta", "gamma", "churn")  # options that make noise of them
+STOCHASTIC = ("eta", "gamma")  # options that make noise of them
 
 
 class Method(NamedTuple):
@@ -101,10 +101,12 @@ def check_guidance(config: ConfigDict, model: nn.Module, spec: data.Spec) -> Non
 
 
 def _check_options(name: str, options: ConfigDict, legal) -> None:
-  """Every option is one of the method's."""
+  """Every option is one of the method's; counts and standard deviations are above 0."""
   for option, value in options.items():
-    known = ", ".join(legal) or "it has none"
-    check(option in legal, f"guidance.options.{name}.{option}", value, known)
+    field, known = f"guidance.options.{name}.{option}", ", ".join(legal) or "it has none"
+    check(option in legal, field, value, known)
+    positive = option.startswith("num_") or option == "data_std"
+    check(value > 0 or not positive, field, value, "a number above 0")
 
 
 def _check_classes(config: ConfigDict, model: nn.Module, spec: data.Spec) -> None:
@@ -120,6 +122,9 @@ def _check_classes(config: ConfigDict, model: nn.Module, spec: data.Spec) -> Non
     legal = "none or classifier: it was trained with loss.label_dropout = 0, never without a class"
     dropped = config.loss.label_dropout > 0
     check(dropped, "guidance.classes", settings.classes, legal, mend)
+  legal = f"the classes of the results, which guidance.classes={settings.classes} guides to"
+  guides = settings.task == "none" or not guided or bool(settings.labels)
+  check(guides, "guidance.labels", settings.labels, legal, "--config.guidance.labels=(3,)")
   never = classes and not config.loss.label_dropout and settings.task != "none"
   legal = "the classes of the results: the network was trained with loss.label_dropout = 0"
   check(not never or bool(settings.labels), "guidance.labels", settings.labels, legal)
@@ -139,7 +144,8 @@ def _check_method(config: ConfigDict, spec: data.Spec) -> None:
   """The measurement, and that the sampler has what the method needs of it."""
   settings, sampler = config.guidance, config.sampling.sampler
   operator_of(config, spec.shape)
-  options = method_options(config)
+  options, skip = method_options(config), config.sampling.skip
+  check(skip == 0, "sampling.skip", skip, f"0 for guidance.task={settings.task}")
   std, legal = settings.noise_std, "a number from 0 up"
   check(std >= 0, "guidance.noise_std", std, legal)
   noisy = ", ".join(name for name, m in METHODS.items() if "noise_std" in m.options)
@@ -162,7 +168,7 @@ def _check_transport(config: ConfigDict) -> None:
     return
   check(settings.skip == 0, "sampling.skip", settings.skip, f"0 for guidance.task={task}")
   options = settings.options[settings.sampler]
-  noise = [k for k, v in options.items() if k.startswith(STOCHASTIC) and v]
+  noise = any(options.get(name, 0) for name in STOCHASTIC)
   quiet = settings.sampler in DETERMINISTIC and not noise
   legal = f"one without noise for guidance.task={task}: {', '.join(DETERMINISTIC)}"
   check(quiet, "sampling.sampler", settings.sampler, legal)

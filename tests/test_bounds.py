@@ -242,6 +242,7 @@ def test_bound_is_above_the_negative_log_likelihood(x64, monkeypatch, name, vari
     assert (np.reshape(bound, (3, 2)) @ w > exact + 1e-4).all()
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("variance", ["posterior", "beta"])
 def test_more_levels_tighten_the_bound(x64, monkeypatch, variance):
   """CATALOGUE row 52: with the exact score the steps lose 1/2 (r - 1 - log r) each, r the variance

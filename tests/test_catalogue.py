@@ -264,6 +264,7 @@ class GaussianNetwork(nn.Module):
     return sigma * (x - alpha * mean) / (alpha**2 * jnp.exp(log_variance) + sigma**2)
 
 
+@pytest.mark.exhaustive
 def test_one_checkpoint_serves_every_sampler(tmp_path):
   """Row 29: saved once, it draws its law by each sampler, whatever the number of steps."""
   params = {"mean": jnp.asarray(0.7), "log_variance": jnp.log(0.25)}

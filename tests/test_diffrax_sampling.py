@@ -39,14 +39,13 @@ def on_one_path():
   return run
 
 
-MORE_ORDERS = ("heun", 1), ("sea", 1), ("shark", 1.5)
+MORE_ORDERS = ("heun", 1), ("sea", 1), ("sra1", 1.5), ("shark", 1.5)
 
 
 @pytest.mark.parametrize(
   ("solver", "order"),
   [
-    ("sra1", 1.5),
-    pytest.param("euler", 1, marks=pytest.mark.exhaustive),
+    ("euler", 1),
     *(pytest.param(*row, marks=pytest.mark.exhaustive) for row in MORE_ORDERS),
   ],
 )
@@ -81,6 +80,7 @@ def test_adaptive_steps_are_of_each_example_its_own():
   assert nfe == max(n for _, n in alone) > min(n for _, n in alone)
 
 
+@pytest.mark.exhaustive
 def test_adaptive_steps_draw_the_data():
   """Moments of 4,000 draws within 4 standard errors, the law's std within 1 % beside them."""
   sde, n = make_sde("vp", t_min=1e-3), 4000
@@ -91,10 +91,8 @@ def test_adaptive_steps_draw_the_data():
   assert x.std() == pytest.approx(std, rel=0.01 + 4 / np.sqrt(2 * n))
 
 
-@pytest.mark.parametrize(
-  ("solver", "spacing"),
-  [("euler", "log_snr"), pytest.param("shark", "time", marks=pytest.mark.exhaustive)],
-)
+@pytest.mark.exhaustive
+@pytest.mark.parametrize(("solver", "spacing"), [("euler", "log_snr"), ("shark", "time")])
 def test_exponential_form_is_the_process_of_x_over_alpha(x64, solver, spacing):
   """The same steps and noise on the process with alpha = 1 and sigma = r, up to the scale."""
   vp, law = make_sde("vp", **VP), diagonal([0.3, -0.2], [0.25, 1.5])
@@ -145,7 +143,13 @@ def test_unusable_options_are_named(options, words):
 
 
 @pytest.mark.parametrize(
-  "options", [{"max_steps": 5}, {"rtol": 1e-12, "atol": 1e-12, "max_steps": 100_000}]
+  "options",
+  [
+    {"max_steps": 5},
+    pytest.param(
+      {"rtol": 1e-12, "atol": 1e-12, "max_steps": 100_000}, marks=pytest.mark.exhaustive
+    ),
+  ],
 )
 def test_a_solve_that_fails_is_nan_and_no_truncated_sample(options):
   """Too few steps; steps shorter than the path knows."""

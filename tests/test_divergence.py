@@ -219,6 +219,7 @@ def test_interval_of_the_standard_error_covers_at_its_level(name, k):
   np.testing.assert_allclose((error**2).mean(), (away**2).mean(), rtol=0.12)
 
 
+@pytest.mark.exhaustive
 def test_reported_interval_of_the_likelihood_covers():
   """The same for log p along the path, against the exact trace at the same point (PITFALLS, row
   29).
