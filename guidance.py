@@ -333,7 +333,9 @@ class Particles(NamedTuple):
   ratio: Array
 
 
-def _resampled(keys: Keys, log_weights: Float[Array, "n p"], always: Array) -> tuple[Array, Array]:
+def _resampled(
+  keys: Keys, log_weights: Float[Array, "n p"], always: Array | bool
+) -> tuple[Array, Array]:
   """(index of each particle's ancestor within its group, log-weights after it): systematic
   resampling of the groups whose effective size is below half of the particles, or `always`.
   """

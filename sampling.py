@@ -619,7 +619,7 @@ def sample_ode(
   max_steps: int = 1000,
   exponential: bool = False,
   temperature: float = 1.0,
-  t_start: float | None = None,
+  t_start: Time | None = None,
   labels: PyTree = None,
   first_index: int | Array = 0,
   init: Init = "prior",

@@ -100,7 +100,7 @@ def check_guidance(config: ConfigDict, model: nn.Module, spec: data.Spec) -> Non
     _check_transport(config)
 
 
-def _check_options(name: str, options: ConfigDict, legal) -> None:
+def _check_options(name: str, options: ConfigDict | dict, legal: tuple[str, ...]) -> None:
   """Every option is one of the method's; counts and standard deviations are above 0."""
   for option, value in options.items():
     field, known = f"guidance.options.{name}.{option}", ", ".join(legal) or "it has none"
@@ -167,6 +167,9 @@ def _check_transport(config: ConfigDict) -> None:
     check(settings.skip > 0, "sampling.skip", settings.skip, legal, "--config.sampling.skip=0.5")
     return
   check(settings.skip == 0, "sampling.skip", settings.skip, f"0 for guidance.task={task}")
+  count = config.guidance.num_inputs
+  legal = "2 or more for guidance.task=interpolation"
+  check(task != "interpolation" or count > 1, "guidance.num_inputs", count, legal)
   options = settings.options[settings.sampler]
   noise = any(options.get(name, 0) for name in STOCHASTIC)
   quiet = settings.sampler in DETERMINISTIC and not noise

@@ -73,13 +73,14 @@ def _latents(experiment: Experiment, weights: Weights, x: Array) -> Array:
   """Latents [n, *d] of examples by the probability flow without guidance and classes."""
   options = {name: experiment.config.likelihood[name] for name in ENCODING}
 
-  @jax.jit
   def run(params, x):
     score_fn = make_score_fn(experiment.sde, experiment.noise_fn(params))
-    with jax.default_matmul_precision("highest"):
-      return encode(experiment.sde, score_fn, x, **options)[0]
+    return encode(experiment.sde, score_fn, x, **options)[0]
 
-  return run(weights.network, x)
+  run = experiment.over_devices(run, 1)
+  blocks = parts(len(x), experiment.config.sampling.batch_size, "encoding")
+  z = [devices.to_host(run(weights.network, x[rows]))[:valid] for rows, valid in blocks]
+  return jnp.concatenate(z)
 
 
 def _own_latents(experiment: Experiment, weights: Weights, x: Array, keys: Array) -> Array:
@@ -172,6 +173,16 @@ def _errors(job: Job, x: np.ndarray, results: np.ndarray) -> dict[str, float]:
   return figures_ | {"largest_measurement_error": float(np.abs(rest).max())}
 
 
+def _save(job: Job, x: np.ndarray, given: np.ndarray, results: np.ndarray, nfe: np.ndarray) -> None:
+  """The picture, and stored values as npz."""
+  transform, folder = job.experiment.transform, job.workdir / "results"
+  stored = lambda a: np.asarray(transform.inverse(jnp.asarray(a)))
+  columns = _columns(job, x, given, results)
+  figures.save_conditional(folder / "conditional.png", columns, transform)
+  values = {"input": stored(x), "result": stored(results), "nfe": nfe}
+  np.savez_compressed(folder / "conditional.npz", **values)
+
+
 def _columns(job: Job, x: np.ndarray, given: np.ndarray, results: np.ndarray) -> dict:
   """What stands beside each other in the picture; results for different classes, or along an arc,
   have no mean.
@@ -179,9 +190,11 @@ def _columns(job: Job, x: np.ndarray, given: np.ndarray, results: np.ndarray) ->
   settings = job.experiment.config.guidance
   if settings.task == "interpolation":
     return {"input": x, "results": results, "next input": np.roll(x, -1, 0)}
-  columns = {"input": x, "results": results}
+  classes = ", ".join(map(str, settings.labels))
+  title = f"results for class {classes}" if classes else "results"
+  columns = {"input": x, title: results}
   if settings.task in tasks.METHODS:
-    columns = {"input": x, "measurement": given, "results": results}
+    columns = {"input": x, "measurement": given, title: results}
   if len(settings.labels) < 2 and settings.num_results > 1:
     columns |= {"mean": results.mean(1), "standard deviation": results.std(1)}
   return columns
@@ -190,23 +203,15 @@ def _columns(job: Job, x: np.ndarray, given: np.ndarray, results: np.ndarray) ->
 def run(job: Job) -> dict[str, Any]:
   """Draws `guidance.num_results` results for each input: a picture of all, the values as npz."""
   experiment, config = job.experiment, job.experiment.config
-  settings, transform, begin = config.guidance, experiment.transform, time.perf_counter()
+  settings, begin = config.guidance, time.perf_counter()
   grey = settings.task in tasks.METHODS and settings.operator == "colorization"
   dataset_of = lambda: experiment.dataset
-  source = settings.inputs, settings.num_inputs, experiment.spec, transform, dataset_of
+  source = settings.inputs, settings.num_inputs, experiment.spec, experiment.transform, dataset_of
   x = inputs.read(*source, grey=grey)
   results, nfe, given = _results(job, x)
   seconds = time.perf_counter() - begin
   if devices.is_first():
-    folder, stored = (
-      job.workdir / "results",
-      lambda a: np.asarray(transform.inverse(jnp.asarray(a))),
-    )
-    figures.save_conditional(
-      folder / "conditional.png", _columns(job, x, given, results), transform
-    )
-    values = {"input": stored(x), "result": stored(results), "nfe": nfe}
-    np.savez_compressed(folder / "conditional.npz", **values)
+    _save(job, x, given, results, nfe)
   record = {
     "task": settings.task,
     **({"operator": settings.operator} if settings.task in tasks.METHODS else {}),

@@ -14,7 +14,16 @@ import devices
 import tasks
 from data_sources.cache import data_dir
 from errors import check, lookup
-from evaluation import fid, files, inception_score, memorization, metrics, modes, samples
+from evaluation import (
+  fid,
+  files,
+  inception_score,
+  memorization,
+  metrics,
+  modes,
+  samples,
+  train_classifier,
+)
 from evaluation.batches import spread
 from evaluation.estimate import Estimate, proportion
 from evaluation.features import Extractor, Outputs, extract, make_extractor
@@ -166,6 +175,8 @@ def plan(experiment: Experiment, workdir: Path) -> Plan | None:
     return None
   for name in options.metrics:
     lookup(QUALITY, name, FIELD)
+  if experiment.config.guidance.classes == "classifier":
+    train_classifier.restore(experiment, workdir)
   lookup(dict.fromkeys(experiment.spec.splits), options.reference, "evaluation.reference")
   extractor = make_extractor(experiment, features_name(experiment))
   reference = _real(experiment, extractor, options.reference)

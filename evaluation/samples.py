@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 import devices
 import settings
+from checkpoint import complete_steps
 from evaluation import files, train_classifier
 from evaluation.batches import drawn
 from evaluation.records import SECTIONS
@@ -31,12 +32,15 @@ class Samples(NamedTuple):
 
 
 def _folder(job: Job) -> Path:
-  """That of all samples of the same checkpoint and sampler, however many."""
+  """That of all samples of the same checkpoint, guiding classifier and sampler, however many."""
   config = job.experiment.config.copy_and_resolve_references()
   with config.unlocked():
     config.sampling.num_samples = 0
-  digest = settings.digest(config, *SECTIONS["sample"])
-  return job.workdir / "results" / f"samples-step{job.step}-{digest}"
+  digest, trained = settings.digest(config, *SECTIONS["sample"]), ""
+  if config.guidance.classes == "classifier":
+    steps = complete_steps(job.workdir / "classifier" / "checkpoints")
+    trained = f"-classifier{max(steps, default=0)}"
+  return job.workdir / "results" / f"samples-step{job.step}-{digest}{trained}"
 
 
 def _draw(job: Job, weights: Weights, block: int, path: Path) -> None:

@@ -14,6 +14,7 @@ from jaxtyping import install_import_hook  # noqa: E402
 CHECKED = "errors sde_lib parameterization dynamics losses sampling likelihood data models binomial"
 CHECKED += (
   " checkpoint_import checkpoint_formats augment bounds data_sources divergence dequantization"
+  " guidance operators tasks"
 )
 install_import_hook(CHECKED.split(), "beartype.beartype")
 

@@ -106,11 +106,11 @@ def test_classifier_guidance_is_the_score_of_the_class(x64, name):
 
 def two_branches(sde):
   """The exact conditional and, for label 3, unconditional noise, and the calls that it gets."""
-  calls = []
+  calls, of_class = [], [component(k).noise_fn(sde) for k in range(3)]
 
   def noise_fn(x, t, labels):
     calls.append(x.shape)
-    parts = [component(k).noise_fn(sde)(x, t) for k in range(3)]
+    parts = [noise(x, t) for noise in of_class]
     return jnp.stack([*parts, MIXTURE.noise_fn(sde)(x, t)])[labels, jnp.arange(len(x))]
 
   return noise_fn, calls
