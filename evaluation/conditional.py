@@ -20,6 +20,7 @@ from evaluation.batches import check_finite, keys_of, parts
 from evaluation.trained import Job
 from experiment import Experiment, Weights
 from likelihood import encode
+from operators import read_mask
 from parameterization import make_score_fn
 from sampling import interpolate
 from sde_lib import fold_in, normal, perturb, sample_prior
@@ -183,6 +184,15 @@ def _save(job: Job, x: np.ndarray, given: np.ndarray, results: np.ndarray, nfe: 
   np.savez_compressed(folder / "conditional.npz", **values)
 
 
+def _mask(job: Job, x: np.ndarray) -> dict[str, np.ndarray]:
+  """Of inpainting the picture of what is known of each input, white."""
+  settings, transform = job.experiment.config.guidance, job.experiment.transform
+  if settings.operator != "inpainting":
+    return {}
+  known = read_mask(settings.operators.inpainting.mask, x.shape[1:])
+  return {"mask": np.where(np.broadcast_to(known, x.shape), transform.high, transform.low)}
+
+
 def _columns(job: Job, x: np.ndarray, given: np.ndarray, results: np.ndarray) -> dict:
   """What stands beside each other in the picture; results for different classes, or along an arc,
   have no mean.
@@ -194,7 +204,8 @@ def _columns(job: Job, x: np.ndarray, given: np.ndarray, results: np.ndarray) ->
   title = f"results for class {classes}" if classes else "results"
   columns = {"input": x, title: results}
   if settings.task in tasks.METHODS:
-    columns = {"input": x, "measurement": given, title: results}
+    measured = {"measurement": given} | _mask(job, x)
+    columns = {"input": x, **measured, title: results}
   if len(settings.labels) < 2 and settings.num_results > 1:
     columns |= {"mean": results.mean(1), "standard deviation": results.std(1)}
   return columns
