@@ -2,8 +2,9 @@
 
 import contextlib
 import errno
+import importlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
 
@@ -38,6 +39,16 @@ def lookup(table: dict, name: str, field: str):
       field, name, ", ".join(sorted(map(repr, table))), f"set {field} to one of these names"
     )
   return table[name]
+
+
+def users_function(name: str, field: str) -> Callable:
+  """The function that "module:function" names; one that cannot be imported is a `ConfigError`."""
+  module, _, attribute = name.partition(":")
+  try:
+    return getattr(importlib.import_module(module), attribute)
+  except (ImportError, AttributeError, TypeError, ValueError) as error:
+    legal = f"module:function of a module that can be imported ({error})"
+    raise invalid(field, name, legal) from error
 
 
 def check(condition: bool, field: str, value, legal: str, mend: str = "") -> None:

@@ -7,7 +7,6 @@ axis of positions and no channels.
 """
 
 import functools
-import importlib
 import inspect
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +18,7 @@ import numpy as np
 from jaxtyping import Bool, Float
 from PIL import Image
 
-from errors import ConfigError, check, invalid
+from errors import ConfigError, check, invalid, users_function
 
 FIELD = "guidance.operator"
 MASK = "guidance.operators.inpainting.mask"
@@ -243,13 +242,7 @@ def _is_white(image: Image.Image) -> np.ndarray:
 
 def _users(name: str, shape: Shape) -> Operator:
   """The operator of two functions that the user wrote."""
-  module, _, attribute = name.partition(":")
-  try:
-    function = getattr(importlib.import_module(module), attribute)
-  except (ImportError, AttributeError, TypeError, ValueError) as error:
-    legal = f"module:function of a module that can be imported ({error})"
-    raise invalid(FIELD, name, legal) from error
-  pair = function(shape)
+  pair = users_function(name, FIELD)(shape)
   good = isinstance(pair, tuple) and len(pair) == 2 and all(map(callable, pair))
   legal = f"a function (shape) -> (forward, pseudo_inverse), two functions; it returns {pair!r}"
   check(good, FIELD, name, legal)

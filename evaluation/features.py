@@ -2,7 +2,6 @@
 
 import functools
 import hashlib
-import importlib
 import importlib.util
 import warnings
 from collections.abc import Callable
@@ -17,7 +16,7 @@ from jaxtyping import Array, Float, Int, Num
 
 import devices
 from data_sources.cache import data_dir
-from errors import check, invalid, lookup
+from errors import check, lookup, users_function
 from evaluation import feature_classifier, inception, inception_weights
 from evaluation.batches import parts
 from experiment import Experiment
@@ -168,12 +167,7 @@ def _random_conv(experiment: Experiment) -> Extractor:
 
 def _users(experiment: Experiment, name: str) -> Extractor:
   """A function that the user wrote, called on the host."""
-  module, _, attribute = name.partition(":")
-  try:
-    function = getattr(importlib.import_module(module), attribute)
-  except (ImportError, AttributeError, TypeError, ValueError) as error:
-    legal = f"module:function of a module that can be imported ({error})"
-    raise invalid(FIELD, name, legal) from error
+  function, module = users_function(name, FIELD), name.partition(":")[0]
   source = Path(importlib.util.find_spec(module).origin or "")
   content = source.read_bytes() if source.is_file() else b""
   prepare = _to_bytes(experiment, name)
