@@ -226,6 +226,7 @@ def test_several_draws_tighten_the_bound(job, straight, tmp_path):
   assert record["standard_error_draws"] < straight[0]["standard_error_draws"]
 
 
+@pytest.mark.exhaustive
 def test_a_fitted_decoder_is_made_once_and_is_a_law(job, tmp_path, monkeypatch):
   options = {"kind": "variational", "num_levels": 50, "save_latents": False}
   gaussian = bits_per_dim.run(with_options(job, tmp_path / "gaussian", **options))

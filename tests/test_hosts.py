@@ -176,6 +176,7 @@ def wait_for_steps(workdir, num_steps, processes):
     time.sleep(0.1)
 
 
+@pytest.mark.exhaustive
 def test_a_sigterm_to_one_process_saves_and_ends_both(tmp_path):
   workdir = tmp_path / "run"
   long = "--config.training.num_steps=1000000", "--config.training.sample_every=0"

@@ -85,7 +85,8 @@ def one_device():
 
 
 @pytest.mark.parametrize(
-  "num_devices, fsdp", [(4, 1), (4, 2), pytest.param(2, 1, marks=pytest.mark.exhaustive)]
+  "num_devices, fsdp",
+  [(4, 2), *(pytest.param(*row, marks=pytest.mark.exhaustive) for row in ((4, 1), (2, 1)))],
 )
 def test_devices_change_nothing_but_rounding(monkeypatch, one_device, num_devices, fsdp):
   monkeypatch.setattr(devices, "SMALLEST_SHARDED", 16)
@@ -429,6 +430,7 @@ def test_the_host_looks_at_the_devices_only_to_log(monkeypatch, tmp_path):
   assert reads == {0, 10, 20, 30}, "0: the first step, waited for before it is asked to stop"
 
 
+@pytest.mark.exhaustive
 def test_memory_decides_the_parts_of_a_batch(capsys, tmp_path):
   plain = toy_config(training__batch_size=64, training__num_steps=3)
   whole = jax.device_get(train(build(plain), tmp_path / "whole"))
