@@ -61,9 +61,10 @@ def save_samples(path: Path, x: np.ndarray, transform: Transform) -> None:
 
 
 def _enlarged(x: np.ndarray, transform: Transform) -> np.ndarray:
-  """Colours [n, H, W, 3] of examples [n, h, w, c] in model units; small images are enlarged
-  smoothly, to be read.
+  """Colours [n, H, W, 3] of examples [n, h, w, c] in model units, continuous ones in [-1, 1]; small
+  images are enlarged smoothly, to be read.
   """
+  transform = transform if transform.levels else Transform(256)
   levels = np.asarray(transform.inverse(jnp.asarray(x))) / (transform.levels - 1)
   colours = to_colours(levels)
   scale = max(1, -(-64 // colours.shape[2]))
@@ -267,7 +268,7 @@ def _titled(title: str, images: np.ndarray, transform: Transform) -> tuple[str, 
     top = float(grey.max())
     shown = 2 * grey / (top or 1) - 1
     return f"{title} (white:\N{NO-BREAK SPACE}{top:.2g})", _enlarged(shown, Transform(256))
-  return title, _enlarged(images, transform if transform.levels else Transform(256))
+  return title, _enlarged(images, transform)
 
 
 def _conditional_panels(path: Path, groups: dict, row_labels: list) -> None:

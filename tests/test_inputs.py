@@ -201,3 +201,14 @@ def test_the_picture_has_a_row_for_each_input_and_a_title_for_each_column(tmp_pa
   white, grey = 255, 127
   expected = [[0, white, white, 0], [white, white, 0, grey], [white, white, white, white]]
   np.testing.assert_allclose(shown, expected, atol=3)
+
+
+def test_a_grid_of_continuous_images_is_not_inverted(tmp_path):
+  """Without levels -1 is black and 1 is white."""
+  x = np.stack([np.full((8, 8, 1), value, np.float32) for value in (-1, 1)])
+  figures.save_grid(tmp_path / "grid.png", x, Transform(0), columns=2)
+  picture = np.asarray(Image.open(tmp_path / "grid.png"))
+  left, right = np.array_split(picture, 2, axis=1)
+  middle = picture.shape[0] // 2
+  assert left[middle, left.shape[1] // 2].max() == 0
+  assert right[middle, right.shape[1] // 2].min() == 255
