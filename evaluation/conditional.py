@@ -20,7 +20,7 @@ from evaluation.batches import check_finite, keys_of, parts
 from evaluation.trained import Job
 from experiment import Experiment, Weights
 from likelihood import encode
-from operators import read_mask
+from operators import Operator, read_mask
 from parameterization import make_score_fn
 from sampling import interpolate
 from sde_lib import fold_in, normal, perturb, sample_prior
@@ -29,27 +29,29 @@ ENCODING = ("solver", "rtol", "atol", "max_steps")  # of config.likelihood
 
 
 def _measured(
-  experiment: Experiment, weights: Weights, keys: Array, measurement: Array, labels: Array | None
+  experiment: Experiment,
+  operator: Operator,
+  weights: Weights,
+  keys: Array,
+  measurement: Array,
+  labels: Array | None,
 ) -> tuple[Array, Array]:
   """(results given their measurements, network evaluations)."""
   config, sde = experiment.config, experiment.sde
-  task, options = config.guidance.task, tasks.method_options(config)
-  method, operator = tasks.METHODS[task], tasks.operator_of(config, experiment.spec.shape)
-  noise_fn, changes, wrap = experiment.guided(weights), {}, None
-  condition, start_keys = labels, fold_in(keys, 2)
+  method, options = tasks.METHODS[config.guidance.task], tasks.method_options(config)
+  noise_fn, condition, changes, wrap = experiment.guided(weights), labels, {}, None
   if method.hook:
     hook_options = {} if method.wrapper else options
     noise_fn = method.hook(sde, noise_fn, operator, **hook_options)
     condition = guidance.Condition(measurement, labels)
-  if method.step:
-    wrap = lambda step: method.step(sde, operator, measurement, **options)
-  if method.wrapper:
-    wrap = lambda step: method.wrapper(sde, step, operator, measurement, **options)
   if method.hook is guidance.null_space:
     prior = sample_prior(fold_in(keys, 0), sde, (len(keys), *experiment.spec.shape))
-    given = start_keys, sde, operator, prior, measurement, sde.t_max
+    given = fold_in(keys, 2), sde, operator, prior, measurement, sde.t_max
     changes["init"] = guidance.noised_measurement(*given)
-  if task == "smc":
+  if method.wrapper:
+    wrap = lambda step: method.wrapper(sde, step, operator, measurement, **options)
+  if method.step:
+    wrap = lambda step: method.step(sde, operator, measurement, **options)
     changes["times"] = jnp.append(experiment.times, experiment.times[-1])
   x, nfe = experiment.draw(keys, noise_fn, condition, wrap=wrap, **changes)
   exact = not config.guidance.noise_std
@@ -102,15 +104,16 @@ STARTS = {"image_to_image": _noised, "latent_edit": _own_latents, "interpolation
 
 
 class Begin(NamedTuple):
-  """`draw`(experiment, weights, keys, states, labels) makes one result of `size` consecutive rows,
-  particles where there are several; `states` [n k, ...] is what results begin with, `given` [n, *d]
-  the picture of it.
+  """`draw`(weights, keys, states, labels) makes one result of `size` consecutive rows, particles
+  where there are several; `states` [n k, ...] is what results begin with, `given` [n, *d] the
+  picture of it; `operator` of a task that measures.
   """
 
   draw: Callable
   size: int
   states: Array
   given: Array
+  operator: Operator | None = None
 
 
 def _begin(job: Job, weights: Weights, x: Float[np.ndarray, "n *d"], keys: Array) -> Begin:
@@ -121,25 +124,26 @@ def _begin(job: Job, weights: Weights, x: Float[np.ndarray, "n *d"], keys: Array
   repeat = lambda a: jnp.repeat(jnp.asarray(a)[:, None], settings.num_results, 1)
   if settings.task in STARTS:
     states = STARTS[settings.task](experiment, weights, repeat(x), keys)
-    return Begin(_transported, 1, flat(states), x)
+    return Begin(functools.partial(_transported, experiment), 1, flat(states), x)
   operator = tasks.operator_of(config, x.shape[1:])
   y = operator.forward(jnp.asarray(x))
   if settings.inputs in experiment.spec.splits:  # files are measurements, and have their noise
     y += settings.noise_std * normal(job.key("sampling"), y.shape)
   given = y if y.shape == x.shape else operator.pseudo_inverse(y)
   size = tasks.method_options(config).get("num_particles", 1)
-  return Begin(_measured, size, flat(repeat(y)), given)
+  draw = functools.partial(_measured, experiment, operator)  # made, and tested, outside of jit
+  return Begin(draw, size, flat(repeat(y)), given, operator)
 
 
-def _results(job: Job, x: Float[np.ndarray, "n *d"]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-  """(results [n, k, *d], network evaluations [n, k], what is given of each input [n, *d]); of
-  particles a random one is the result.
+def _results(job: Job, x: Float[np.ndarray, "n *d"]) -> tuple[np.ndarray, np.ndarray, Begin]:
+  """(results [n, k, *d], network evaluations [n, k], what they begin with); of particles a random
+  one is the result.
   """
   experiment, settings = job.experiment, job.experiment.config.guidance
   weights, n, k = train_classifier.weights(job), len(x), settings.num_results
   keys = keys_of(job.key("sampling"), np.arange(n * k))
   begin = _begin(job, weights, x, keys)
-  run = experiment.over_devices(functools.partial(begin.draw, experiment), 3)
+  run = experiment.over_devices(begin.draw, 3)
   num_devices, batches = experiment.mesh.size, []
   most = max(1, experiment.config.sampling.batch_size // (begin.size * num_devices))
   for index, valid in parts(n * k, min(most, -(-n * k // num_devices)) * num_devices, "sampling"):
@@ -154,23 +158,22 @@ def _results(job: Job, x: Float[np.ndarray, "n *d"]) -> tuple[np.ndarray, np.nda
     batches.append([a[chosen][:valid] for a in out])
   values, nfe = (np.concatenate(a).reshape(n, k, *a[0].shape[1:]) for a in zip(*batches))
   check_finite(values)
-  return values, nfe, np.asarray(begin.given)
+  return values, nfe, begin
 
 
-def _errors(job: Job, x: np.ndarray, results: np.ndarray) -> dict[str, float]:
+def _errors(x: np.ndarray, results: np.ndarray, operator: Operator | None) -> dict[str, float]:
   """How far results are from the input, and their measurements from its own."""
-  config, error = job.experiment.config, lambda a: float(np.sqrt(np.square(a).mean()))
+  error = lambda a: float(np.sqrt(np.square(a).mean()))
   figures_ = {
     "rms_difference": error(results - x[:, None]),
     "rms_difference_of_mean": error(results.mean(1) - x),
     "mean_standard_deviation": float(results.std(1).mean()),
   }
-  if config.guidance.task not in tasks.METHODS:
+  if operator is None:
     return figures_
-  forward = tasks.operator_of(config, x.shape[1:]).forward
   flat = jnp.asarray(results.reshape(-1, *x.shape[1:]))
-  rest = np.asarray(forward(flat)).reshape(*results.shape[:2], -1)
-  rest = rest - np.asarray(forward(jnp.asarray(x))).reshape(len(x), 1, -1)
+  rest = np.asarray(operator.forward(flat)).reshape(*results.shape[:2], -1)
+  rest = rest - np.asarray(operator.forward(jnp.asarray(x))).reshape(len(x), 1, -1)
   return figures_ | {"largest_measurement_error": float(np.abs(rest).max())}
 
 
@@ -219,10 +222,10 @@ def run(job: Job) -> dict[str, Any]:
   dataset_of = lambda: experiment.dataset
   source = settings.inputs, settings.num_inputs, experiment.spec, experiment.transform, dataset_of
   x = inputs.read(*source, grey=grey)
-  results, nfe, given = _results(job, x)
+  results, nfe, start = _results(job, x)
   seconds = time.perf_counter() - begin
   if devices.is_first():
-    _save(job, x, given, results, nfe)
+    _save(job, x, np.asarray(start.given), results, nfe)
   record = {
     "task": settings.task,
     **({"operator": settings.operator} if settings.task in tasks.METHODS else {}),
@@ -232,7 +235,7 @@ def run(job: Job) -> dict[str, Any]:
     "num_samples": results.shape[0] * results.shape[1],
     "nfe": int(nfe.max()),
     "images_per_second": round(results.shape[0] * results.shape[1] / seconds, 2),
-    **_errors(job, x, results),
+    **_errors(x, results, start.operator),
     "seed": config.sampling.seed,
     "grid": "conditional.png",
   }

@@ -114,8 +114,23 @@ def test_what_is_written(job, tmp_path):
 def test_other_measurements_are_met(job, operator):
   options = {"task": "null_space", "operator": operator}
   x, results = drawn(job, **options)
-  errors = conditional._errors(asked(job, **options), x, results)
+  config = asked(job, **options).experiment.config
+  errors = conditional._errors(x, results, tasks.operator_of(config, x.shape[1:]))
   assert errors["largest_measurement_error"] < 2e-6 < 0.1 < errors["rms_difference"]
+
+
+def test_an_operator_of_the_users_own_is_met(job, tmp_path, monkeypatch):
+  """It is tested on numbers, which needs to be outside of what jax traces."""
+  (tmp_path / "upper_rows.py").write_text(
+    "import jax.numpy as jnp\n\n"
+    "def make(shape):\n"
+    "  missing = jnp.zeros((1, 4, 8, 1))\n"
+    "  up = lambda y: jnp.concatenate([y, jnp.broadcast_to(missing, y.shape)], 1)\n"
+    "  return lambda x: x[:, :4], up\n"
+  )
+  monkeypatch.syspath_prepend(tmp_path)
+  wanted = asked(job, tmp_path / "run", task="dps", operator="upper_rows:make")
+  assert conditional.run(wanted)["largest_measurement_error"] == 0
 
 
 @pytest.mark.parametrize("task", ["replacement", "smc"])
