@@ -25,6 +25,7 @@ from parameterization import make_score_fn
 from sampling import interpolate
 from sde_lib import fold_in, normal, perturb, sample_prior
 
+START = 2**31 - 2  # of the keys of examples; steps take the numbers from 1 up
 ENCODING = ("solver", "rtol", "atol", "max_steps")  # of config.likelihood
 
 
@@ -46,7 +47,7 @@ def _measured(
     condition = guidance.Condition(measurement, labels)
   if method.hook is guidance.null_space:
     prior = sample_prior(fold_in(keys, 0), sde, (len(keys), *experiment.spec.shape))
-    given = fold_in(keys, 2), sde, operator, prior, measurement, sde.t_max
+    given = fold_in(keys, START), sde, operator, prior, measurement, sde.t_max
     changes["init"] = guidance.noised_measurement(*given)
   if method.wrapper:
     wrap = lambda step: method.wrapper(sde, step, operator, measurement, **options)

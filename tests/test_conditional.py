@@ -19,8 +19,9 @@ from evaluation import conditional, jobs, records, sample_quality, samples, trai
 from evaluation.batches import keys_of
 from evaluation.features import Extractor, Outputs
 from evaluation.trained import Job
-from experiment import Weights, abstract_init, build
+from experiment import Experiment, Weights, abstract_init, build
 from operators import colour_basis
+from sde_lib import fold_in, marginal, normal
 
 SMALL = {"data__dir": "runs/data", "model__args__hidden": (32,), "sampling__num_steps": 6}
 SMALL |= {"guidance__num_inputs": 2, "guidance__num_results": 3}
@@ -117,6 +118,19 @@ def test_other_measurements_are_met(job, operator):
   config = asked(job, **options).experiment.config
   errors = conditional._errors(x, results, tasks.operator_of(config, x.shape[1:]))
   assert errors["largest_measurement_error"] < 2e-6 < 0.1 < errors["rms_difference"]
+
+
+def test_the_start_shares_its_noise_with_no_step(job, monkeypatch):
+  """What is measured starts from noise of its own, not from that of the prior or of a step."""
+  experiment, starts = asked(job, task="null_space").experiment, []
+  operator = tasks.operator_of(experiment.config, experiment.spec.shape)
+  keys, y = keys_of(jax.random.key(0), np.arange(3)), jnp.zeros((3, 8, 8, 1))
+  monkeypatch.setattr(Experiment, "draw", lambda *_, init, **__: (starts.append(init) or init, 0))
+  conditional._measured(experiment, operator, Weights(job.params), keys, y, None)
+  known, sigma = operator.forward(starts[0]), marginal(experiment.sde, experiment.sde.t_max)[1]
+  for i in range(8):
+    noise = sigma * operator.forward(normal(fold_in(keys, i), y.shape))
+    assert jnp.abs(known - noise).max() > 0.1
 
 
 def test_an_operator_of_the_users_own_is_met(job, tmp_path, monkeypatch):
