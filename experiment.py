@@ -238,7 +238,7 @@ def _make_model(config: ConfigDict) -> nn.Module:
   """`models/<name>.py`'s Model with the arguments of the configuration."""
   names = {m.name: m.name for m in pkgutil.iter_modules(models.__path__) if not m.ispkg}
   model_class = importlib.import_module(f"models.{lookup(names, config.name, 'model.name')}").Model
-  _check_arguments("model.args", config.args, model_class)
+  check_arguments("model.args", config.args, model_class)
   return model_class(**config.args)
 
 
@@ -248,7 +248,7 @@ NOT_OPTIONS = ("parent", "name", "labels", "first_index", "init", "t_start")
 GRID = ("num_steps", "spacing")
 
 
-def _check_arguments(
+def check_arguments(
   section: str, args: ConfigDict, function: Callable, mend: str = "", hidden: tuple = ()
 ) -> None:
   """Every entry of `args` must be an argument with a default of `function`, and not `hidden`."""
@@ -316,12 +316,16 @@ def _check_values(config: ConfigDict, num_devices: int) -> None:
         positive = value > 0 or isinstance(value, bool)
         check(positive, f"{section}.{field}", value, "a number above 0")
   for section in ("training", "sampling"):
-    size = config[section].batch_size
-    below = size // num_devices * num_devices
-    nearest = " or ".join(str(n) for n in (below, below + num_devices) if n)
-    legal = f"a multiple of the {num_devices} devices"
-    mend = f"set --config.{section}.batch_size to {nearest}"
-    check(size % num_devices == 0, f"{section}.batch_size", size, legal, mend)
+    check_batch(section, config[section].batch_size, num_devices)
+
+
+def check_batch(section: str, size: int, num_devices: int) -> None:
+  """The devices can share batches of this size."""
+  below = size // num_devices * num_devices
+  nearest = " or ".join(str(n) for n in (below, below + num_devices) if n)
+  legal = f"a multiple of the {num_devices} devices"
+  mend = f"set --config.{section}.batch_size to {nearest}"
+  check(size % num_devices == 0, f"{section}.batch_size", size, legal, mend)
 
 
 def _check_likelihood(config: ConfigDict, levels: int) -> None:
@@ -357,7 +361,7 @@ def _check_training(config: ConfigDict, sde: SDE, model: nn.Module, spec: data.S
   tables = losses.OBJECTIVES, losses.WEIGHTINGS, losses.TIME_SAMPLERS
   for table, field in zip(tables, ("objective", "weighting", "time_sampler")):
     name = settings[field]
-    _check_arguments(f"loss.options.{name}", settings.options.get(name, {}), table[name])
+    check_arguments(f"loss.options.{name}", settings.options.get(name, {}), table[name])
   _check_levels(config, sde)
   optimizers.make_optimizer(config, sde)
   run_log.check_wandb(config.training.wandb)
@@ -387,11 +391,11 @@ def _check_sampler(config: ConfigDict, sde: SDE) -> None:
   # checked while tracing: nothing is computed at the start of a run
   jax.eval_shape(lambda: time_grid(sde, settings.num_steps, settings.spacing))
   if name not in SOLVES:
-    _check_arguments(section, options, SAMPLERS[name])
+    check_arguments(section, options, SAMPLERS[name])
     SAMPLERS[name](sde, **options)
     return
   function, solvers = SOLVES[name]
-  _check_arguments(section, options, function, hidden=GRID)
+  check_arguments(section, options, function, hidden=GRID)
   default = inspect.signature(function).parameters["solver"].default
   lookup(solvers, options.get("solver", default), f"{section}.solver")
   if function is sample_sde:
@@ -450,7 +454,7 @@ def outline(config: ConfigDict, spec: data.Spec | None = None) -> Outline:
   """
   _check_values(config, jax.device_count())
   variants = "each process has its own sde.args: choose a variant, --config=<file>:<process>"
-  _check_arguments("sde.args", config.sde.args, SDES[config.sde.name], variants)
+  check_arguments("sde.args", config.sde.args, SDES[config.sde.name], variants)
   sde = make_sde(config.sde.name, **config.sde.args)
   _check_sampler(config, sde)
   c_noise, tabled = config.parameterization.c_noise, {"index", "index_from_noise"}

@@ -2,7 +2,7 @@
 and solver takes, and wrappers from `Step` to `Step`, which act between the steps of a sampler.
 
 All hooks say score of p(x_t | y) = score of p(x_t) + grad_x log p(y | x_t), that is noise -
-sigma(t) grad_x log p(y | x_t) (Song et al. 2021, appendix I, eq. 48).
+sigma(t) grad_x log p(y | x_t) (Song et al. 2021, section 5 and appendix I).
 """
 
 from collections.abc import Callable
@@ -27,6 +27,7 @@ from sde_lib import (
   marginal,
   normal,
   posterior,
+  transition,
 )
 
 Measurement = Float[Array, "b *m"]
@@ -106,7 +107,7 @@ def classifier_free(
 
 def null_space(sde: SDE, noise_fn: NoiseFn, operator: Operator) -> NoiseFn:
   """The predicted data agree with the measurement: A^+ y + (I - A^+ A) E[x_0 | x_t] (Wang et al.
-  2023, "Zero-shot image restoration using denoising diffusion null-space model", eq. 13).
+  2023, "Zero-shot image restoration using denoising diffusion null-space model").
 
   What is measured then follows the exact reverse process to y; the rest is told of it through the
   network's input alone. The labels are a `Condition`.
@@ -139,7 +140,7 @@ def noised_measurement(
 
 def replacement(sde: SDE, step: Step, operator: Operator, measurement: Measurement) -> Step:
   """After each step what is measured is replaced by the measurement noised to the step's end (Song
-  et al. 2021, appendix I.2, eq. 52). Biased, even with the exact score.
+  et al. 2021, appendix I.2). Biased, even with the exact score.
 
   `step` takes the hook `null_space`, so that evaluations within a step (correctors, Langevin steps)
   see it too; start from `noised_measurement` at t_max.
@@ -169,13 +170,12 @@ def repaint(
   down = replacement(sde, step, operator, measurement)
 
   def resampled(key, noise_fn, state, t, s):
-    keep = jnp.exp(sde.log_alpha(t) - sde.log_alpha(s))
-    std = marginal(sde, t)[1] * jnp.sqrt(-jnp.expm1(log_snr(sde, t) - log_snr(sde, s)))
+    keep, variance = transition(sde, s, t)
 
     def down_and_up(i, state):
       keys = fold_in(key, i + 1)
       x = down(fold_in(keys, 0), noise_fn, state, t, s).x
-      x = keep * x + std * normal(fold_in(keys, 1), x.shape)
+      x = keep * x + jnp.sqrt(variance) * normal(fold_in(keys, 1), x.shape)
       return State(x, x, jax.tree.map(jnp.zeros_like, state.memory))  # a multistep method restarts
 
     state = repeat(down_and_up, num_resamplings - 1, state, noise_fn)
@@ -306,7 +306,7 @@ def posterior_guidance(
   num_iterations: int = 10,
 ) -> NoiseFn:
   """The gradient of `gaussian_likelihood`, of the same options: with covariance "isotropic" Pi-GDM
-  (Song et al. 2023, "Pseudoinverse-guided diffusion models for inverse problems", eq. 7), with
+  (Song et al. 2023, "Pseudoinverse-guided diffusion models for inverse problems"), with
   "tweedie" moment matching (Rozet et al. 2024, "Learning diffusion priors from observations by
   expectation maximization", section 4.2), exact for Gaussian data. The labels are a `Condition`.
   """

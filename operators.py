@@ -2,7 +2,7 @@
 
 A^+ A projects on what is measured: A^+ y + (I - A^+ A) x agrees with the measurement y and keeps
 the rest of x (Wang et al. 2023, "Zero-shot image restoration using denoising diffusion null-space
-model", eq. 7). All axes of an example but the last, its channels, are positions; a vector has one
+model"). All axes of an example but the last, its channels, are positions; a vector has one
 axis of positions and no channels.
 """
 
@@ -103,8 +103,8 @@ def colorization(shape: Shape) -> Operator:
 
 
 def super_resolution(shape: Shape, factor: int) -> Operator:
-  """Means of blocks of `factor` positions along each axis; A^+ repeats them (Wang et al. 2023,
-  section 3.2). Of images x [b, h, w, c] -> y [b, h / factor, w / factor, c].
+  """Means of blocks of `factor` positions along each axis; A^+ repeats them (Wang et al. 2023).
+  Of images x [b, h, w, c] -> y [b, h / factor, w / factor, c].
   """
   sides = _positions(shape)
   _check_factor(factor, sides)

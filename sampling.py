@@ -37,6 +37,7 @@ from sde_lib import (
   posterior,
   sample_prior,
   time_of_log_snr,
+  transition,
 )
 
 
@@ -105,8 +106,7 @@ def reverse_diffusion(sde: SDE, temperature: float = 1.0) -> Step:
   """
 
   def step(key, noise_fn, state, t, s):
-    keep = jnp.exp(sde.log_alpha(t) - sde.log_alpha(s))
-    variance = -(marginal(sde, t)[1] ** 2) * jnp.expm1(log_snr(sde, t) - log_snr(sde, s))
+    keep, variance = transition(sde, s, t)
     score = score_from_noise(sde, noise_fn(state.x, t), t)
     mean = (2 - keep) * state.x + variance * score
     return _noised(key, mean, temperature * jnp.sqrt(variance))

@@ -127,6 +127,15 @@ def perturb(
   return expand(alpha, x0) * x0 + expand(sigma, x0) * noise
 
 
+def transition(sde: SDE, s: Time, t: Time) -> tuple[Array, Array]:
+  """(a, variance) of the forward kernel q(x_t | x_s) = N(a x_s, variance I), s < t: a = alpha_t /
+  alpha_s, variance = sigma_t^2 - a^2 sigma_s^2 (Kingma et al. 2021, appendix A.1), without the
+  difference.
+  """
+  keep = jnp.exp(sde.log_alpha(t) - sde.log_alpha(s))
+  return keep, -(marginal(sde, t)[1] ** 2) * jnp.expm1(log_snr(sde, t) - log_snr(sde, s))
+
+
 def posterior(
   sde: SDE, x_t: Float[Array, "b *d"], x0: Float[Array, "b *d"], t: Time, s: Time
 ) -> tuple[Float[Array, "b *d"], Array]:

@@ -186,11 +186,8 @@ def digest(config: ConfigDict, *sections: str) -> str:
   sections = (*sections, "ema.")  # which average is used
   kept = {k: v for k, v in flatten(config).items() if not _free(k) or k.startswith(sections)}
   kept.pop("likelihood.check", None)  # it prints more, and changes nothing
-  if (config.guidance.task, config.guidance.classes, config.guidance.labels) == (
-    "none",
-    "none",
-    (),
-  ):
+  asked = config.guidance
+  if asked.task == asked.classes == "none" and not asked.labels:
     kept = {k: v for k, v in kept.items() if not k.startswith("guidance.")}
   return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:12]
 

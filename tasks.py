@@ -14,6 +14,7 @@ import data
 import guidance
 from errors import ConfigError, check, lookup
 from operators import Operator, make_operator
+from sampling import SAMPLERS
 
 DETERMINISTIC = ("ddim", "dpm_solver", "edm", "probability_flow", "unipc")
 STOCHASTIC = ("eta", "gamma")  # options that make noise of them
@@ -151,10 +152,9 @@ def _check_method(config: ConfigDict, spec: data.Spec) -> None:
   noisy = ", ".join(name for name, m in METHODS.items() if "noise_std" in m.options)
   legal = f"0 with {settings.task}, which takes a measurement as exact; {noisy} know its noise"
   check("noise_std" in options or not std, "guidance.noise_std", std, legal)
-  solves = sampler in ("probability_flow", "reverse_sde", "adaptive_reverse_sde")
   between = settings.task in ("repaint", "dps")
   legal = f"a sampler of single steps for guidance.task={settings.task}, such as ancestral"
-  check(not (solves and between), "sampling.sampler", sampler, legal)
+  check(sampler in SAMPLERS or not between, "sampling.sampler", sampler, legal)
   legal = "ancestral for guidance.task=smc"
   check(settings.task != "smc" or sampler == "ancestral", "sampling.sampler", sampler, legal)
 

@@ -89,7 +89,7 @@ def _latents(experiment: Experiment, weights: Weights, x: Array) -> Array:
 
 def _own_latents(experiment: Experiment, weights: Weights, x: Array, keys: Array) -> Array:
   """The latent of each input, for all of its results (Su et al. 2023, "Dual diffusion implicit
-  bridges", section 3.2: decoded under another condition).
+  bridges": decoded under another condition).
   """
   return jnp.broadcast_to(_latents(experiment, weights, x[:, 0])[:, None], x.shape)
 
@@ -211,7 +211,7 @@ def _columns(job: Job, x: np.ndarray, given: np.ndarray, results: np.ndarray) ->
     measured = {"measurement": given} | _mask(job, x)
     columns = {"input": x, **measured, title: results}
   if len(settings.labels) < 2 and settings.num_results > 1:
-    columns |= {"mean": results.mean(1), "standard deviation": results.std(1)}
+    columns |= {figures.MEAN: results.mean(1), figures.SPREAD: results.std(1)}
   return columns
 
 

@@ -203,15 +203,27 @@ def save_sweep(path: Path, rows: list[dict]) -> None:
   _save(figure, path)
 
 
+def save_accuracy(path: Path, record: dict) -> None:
+  """The accuracy of a classifier against log-SNR, noise on the right as in time, beside clean data
+  and chance.
+  """
+  figure, axis = plt.subplots(figsize=(7, 4.5), layout="constrained")
+  errors = 1.96 * np.asarray(record["standard_error"])
+  axis.errorbar(record["log_snr"], record["accuracy"], errors, marker="o", ms=4, capsize=2)
+  axis.axhline(record["clean_accuracy"], color="C2", ls=":", label="without noise")
+  axis.axhline(record["chance"], color="grey", ls="--", label="commonest class")
+  axis.invert_xaxis()
+  axis.set(xlabel="log-SNR", ylabel="accuracy", ylim=(0, 1.02))
+  axis.set_title(f"Noised {record['split']} examples classified right, and 95 % interval")
+  axis.grid(alpha=0.3)
+  axis.legend()
+  _save(figure, path)
+
+
 MEAN, SPREAD = "mean", "standard deviation"  # columns of `save_conditional` with a meaning
 
 
-def save_conditional(
-  path: Path,
-  columns: dict[str, np.ndarray],
-  transform: Transform,
-  row_labels: list[str] | None = None,
-) -> None:
+def save_conditional(path: Path, columns: dict[str, np.ndarray], transform: Transform) -> None:
   """Conditional samples in model units: a titled column for each [n, *d], k for each [n, k, *d].
 
   Images: a row for each input; the column "standard deviation" is grey from 0 to its maximum.
@@ -220,20 +232,18 @@ def save_conditional(
 
   Args:
     columns: title -> values; at least one of them has one example for each input.
-    row_labels: what stands beside the rows or above the panels.
   """
   rank = min(values.ndim for values in columns.values())
   groups = {
     title: values[:, None] if values.ndim == rank else values for title, values in columns.items()
   }
-  row_labels = row_labels or [""] * len(next(iter(groups.values())))
   if rank == 4:
-    _conditional_images(path, groups, transform, row_labels)
+    _conditional_images(path, groups, transform)
   else:
-    _conditional_panels(path, groups, row_labels)
+    _conditional_panels(path, groups)
 
 
-def _conditional_images(path: Path, groups: dict, transform: Transform, row_labels: list) -> None:
+def _conditional_images(path: Path, groups: dict, transform: Transform) -> None:
   """`save_conditional` of images [n, k, h, w, c]: one canvas, so that the rows are level."""
   parts, places, begin = [], [], 0
   for title, values in groups.items():
@@ -246,7 +256,7 @@ def _conditional_images(path: Path, groups: dict, transform: Transform, row_labe
   canvas = np.hstack(parts[:-1])
   inches = min(2.0, max(1.0, colours.shape[2] / 120))  # the width of one image
   height, width = np.array(canvas.shape[:2]) * inches / colours.shape[2]
-  left, top = 0.1 + 0.08 * max(map(len, row_labels)), 0.65  # room for labels and titles, in inches
+  left, top = 0.1, 0.65  # room beside the images and for titles, in inches
   size = left + width, top + height
   figure = plt.figure(figsize=size)
   axis = figure.add_axes([left / size[0], 0, width / size[0], height / size[1]])
@@ -255,8 +265,7 @@ def _conditional_images(path: Path, groups: dict, transform: Transform, row_labe
     text = textwrap.fill(title, round(14 * inches * k), break_long_words=False)
     axis.text(place, 0, text, fontsize=9, ha="center", va="bottom")
   axis.set_xticks([])
-  axis.set_yticks((np.arange(len(row_labels)) + 0.5) * len(canvas) / len(row_labels), row_labels)
-  axis.tick_params(length=0)
+  axis.set_yticks([])
   axis.spines[:].set_visible(False)
   _save(figure, path)
 
@@ -271,19 +280,18 @@ def _titled(title: str, images: np.ndarray, transform: Transform) -> tuple[str, 
   return title, _enlarged(images, transform)
 
 
-def _conditional_panels(path: Path, groups: dict, row_labels: list) -> None:
+def _conditional_panels(path: Path, groups: dict) -> None:
   """`save_conditional` of vectors and sequences [n, k, *d], of which the first channel is drawn."""
-  n, std = len(row_labels), groups.get(SPREAD)
+  n, std = len(next(iter(groups.values()))), groups.get(SPREAD)
   shape = -(-n // 4), min(n, 4)
   size = 3.4 * shape[1], 3.2 * shape[0] + 0.6
   figure, axes = plt.subplots(*shape, figsize=size, squeeze=False, layout="constrained")
-  for i, (axis, label) in enumerate(zip(axes.flat, row_labels)):
+  for i, axis in enumerate(axes.flat[:n]):
     drawn = {title: values for title, values in groups.items() if title != SPREAD}
     for colour, (title, values) in enumerate(drawn.items()):
       error = std[i] if title == MEAN and std is not None else None
       draw = _points if values.shape[2:] == (2,) else _lines
       draw(axis, values[i], error, title, f"C{colour}")
-    axis.set_title(label)
     axis.grid(alpha=0.3)
   for axis in axes.flat[n:]:
     axis.set_axis_off()

@@ -176,7 +176,7 @@ def plan(experiment: Experiment, workdir: Path) -> Plan | None:
   for name in options.metrics:
     lookup(QUALITY, name, FIELD)
   if experiment.config.guidance.classes == "classifier":
-    train_classifier.restore(experiment, workdir)
+    train_classifier.newest(experiment.config, workdir)
   lookup(dict.fromkeys(experiment.spec.splits), options.reference, "evaluation.reference")
   extractor = make_extractor(experiment, features_name(experiment))
   reference = _real(experiment, extractor, options.reference)

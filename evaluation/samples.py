@@ -12,7 +12,6 @@ from tqdm import tqdm
 
 import devices
 import settings
-from checkpoint import complete_steps
 from evaluation import files, train_classifier
 from evaluation.batches import drawn
 from evaluation.records import SECTIONS
@@ -38,8 +37,7 @@ def _folder(job: Job) -> Path:
     config.sampling.num_samples = 0
   digest, trained = settings.digest(config, *SECTIONS["sample"]), ""
   if config.guidance.classes == "classifier":
-    steps = complete_steps(job.workdir / "classifier" / "checkpoints")
-    trained = f"-classifier{max(steps, default=0)}"
+    trained = f"-classifier{train_classifier.newest(config, job.workdir)}"
   return job.workdir / "results" / f"samples-step{job.step}-{digest}{trained}"
 
 

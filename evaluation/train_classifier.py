@@ -2,7 +2,6 @@
 `<workdir>/classifier` by the loop of `training`, and its accuracy at each noise level.
 """
 
-import dataclasses
 import json
 import time
 from pathlib import Path
@@ -13,7 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from jaxtyping import PyTree
-from matplotlib import pyplot as plt
 from ml_collections import ConfigDict
 
 import classification
@@ -23,10 +21,10 @@ import training
 from checkpoint import Checkpoints, average, complete_steps
 from configs import bases
 from errors import ConfigError, check
-from evaluation import trained
+from evaluation import figures, trained
 from evaluation.batches import keys_of, parts, spread
 from evaluation.denoising import HeldOut
-from experiment import Experiment, Weights, abstract_init, build
+from experiment import Experiment, Weights, abstract_init, build, check_arguments, check_batch
 from models.classifier import Model
 from sde_lib import fold_in, marginal, normal, perturb
 
@@ -68,26 +66,30 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     path = workdir / "results" / "classifier.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     settings.write_text(path, json.dumps(record, indent=2) + "\n")
-    save_accuracy(path.with_suffix(".png"), record)
+    figures.save_accuracy(path.with_suffix(".png"), record)
     print(summary(record), flush=True)
   return record
+
+
+def newest(config: ConfigDict, workdir: Path) -> int:
+  """The step of the newest classifier of the workdir, which has the settings of `config`."""
+  step = max(complete_steps(workdir / "classifier" / "checkpoints"), default=None)
+  if step is None:
+    raise ConfigError(
+      f"{workdir} holds no classifier of noised data, which guidance by classes needs.\n"
+      f"  mend:  train it first: python main.py --mode=train_classifier --workdir={workdir}"
+    )
+  check_same(config, workdir)
+  return step
 
 
 def restore(experiment: Experiment, workdir: Path) -> tuple[nn.Module, PyTree]:
   """(network, averaged parameters on the mesh) of the newest classifier of the workdir, for
   `classification.make_log_prob_fn`.
   """
-  folder = workdir / "classifier"
-  step = max(complete_steps(folder / "checkpoints"), default=None)
-  if step is None:
-    raise ConfigError(
-      f"{workdir} holds no classifier of noised data, which guidance by classes needs.\n"
-      f"  mend:  train it first: python main.py --mode=train_classifier --workdir={workdir}"
-    )
-  check_same(experiment.config, workdir)
-  model = network(experiment)
+  step, model = newest(experiment.config, workdir), network(experiment)
   target = training.on_mesh(abstract_init(model, experiment.spec.shape)[1], experiment.mesh)
-  with Checkpoints(folder / "checkpoints", read_only=True) as checkpoints:
+  with Checkpoints(workdir / "classifier" / "checkpoints", read_only=True) as checkpoints:
     return model, checkpoints.restore_item(step, average(0), target)
 
 
@@ -117,18 +119,14 @@ def check_values(config: ConfigDict, num_devices: int) -> None:
     check(options[name] > 0, f"classifier.{name}", options[name], "a number above 0")
   legal = "a number from 0 up"
   check(options.weight_decay >= 0, "classifier.weight_decay", options.weight_decay, legal)
-  legal, size = f"a multiple of the {num_devices} devices", options.batch_size
-  check(size % num_devices == 0, "classifier.batch_size", size, legal)
+  check_batch("classifier", options.batch_size, num_devices)
 
 
 def network(experiment: Experiment) -> Model:
   """The network of `classifier.args` for the data, checked without compiling anything."""
   settings_, spec, config = experiment.config.classifier, experiment.spec, experiment.config
   check(spec.num_classes > 1, "data.name", config.data.name, "for a classifier, data with labels")
-  hidden = ("parent", "name", "num_classes")
-  legal = [field.name for field in dataclasses.fields(Model) if field.name not in hidden]
-  for name, value in settings_.args.items():
-    check(name in legal, f"classifier.args.{name}", value, ", ".join(legal))
+  check_arguments("classifier.args", settings_.args, Model, hidden=("num_classes",))
   model = experiment.classifier
   try:
     abstract_init(model, spec.shape)
@@ -246,19 +244,3 @@ def summary(record: dict[str, Any]) -> str:
     f"examples right without noise, {levels:.1f} % over all noise levels (chance {chance:.1f} %); "
     f"step {record['checkpoint_step']}, {record['seconds']:.0f} s"
   )
-
-
-def save_accuracy(path: Path, record: dict[str, Any]) -> None:
-  """The accuracy against log-SNR, noise on the right as in time, beside clean data and chance."""
-  figure, axis = plt.subplots(figsize=(7, 4.5), layout="constrained")
-  errors = 1.96 * np.asarray(record["standard_error"])
-  axis.errorbar(record["log_snr"], record["accuracy"], errors, marker="o", ms=4, capsize=2)
-  axis.axhline(record["clean_accuracy"], color="C2", ls=":", label="without noise")
-  axis.axhline(record["chance"], color="grey", ls="--", label="commonest class")
-  axis.invert_xaxis()
-  axis.set(xlabel="log-SNR", ylabel="accuracy", ylim=(0, 1.02))
-  axis.set_title(f"Noised {record['split']} examples classified right, and 95 % interval")
-  axis.grid(alpha=0.3)
-  axis.legend()
-  figure.savefig(path, dpi=120)
-  plt.close(figure)

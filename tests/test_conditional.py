@@ -323,7 +323,7 @@ def test_an_edit_of_the_latent_goes_to_the_asked_mode(gmm):
 def test_samples_of_a_classifier_that_was_trained_further_are_drawn_anew(gmm, monkeypatch):
   wanted = asked(gmm, classes="classifier")
   folder = samples._folder(wanted)
-  monkeypatch.setattr(samples, "complete_steps", lambda _: [300, 600])
+  monkeypatch.setattr(train_classifier, "complete_steps", lambda _: [300, 600])
   assert samples._folder(wanted) != folder
   monkeypatch.undo()
   assert samples._folder(wanted) == folder != samples._folder(asked(gmm))

@@ -171,7 +171,7 @@ def columns_of(spec, n=3, k=4):
 )
 def test_the_picture_is_drawn_of_any_data(tmp_path, spec):
   path = tmp_path / "samples" / "conditional.png"
-  figures.save_conditional(path, columns_of(spec), Transform(spec.levels), ["a", "b", "c"])
+  figures.save_conditional(path, columns_of(spec), Transform(spec.levels))
   assert np.asarray(Image.open(path)).std() > 10
 
 
