@@ -6,6 +6,7 @@ import functools
 import inspect
 import itertools
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -288,8 +289,8 @@ def make_train_step(
 def fitting_step(
   make_step: Callable[[int], Callable], state: PyTree, batches: PyTree, per_device: int, config
 ) -> Callable:
-  """The train step of the fewest parts per device that `training.batch_per_device` and the memory
-  allow, by what XLA says that its program needs.
+  """The train step, compiled, of the fewest parts per device that `training.batch_per_device` and
+  the memory allow, by what XLA says that its program needs.
 
   Args:
     make_step: number of parts -> train step.
@@ -297,14 +298,12 @@ def fitting_step(
     per_device: examples of a batch on each device.
   """
   settings = config.training
-  memory = settings.memory_gib * 2**30 or devices.memory_limit()
-  needed = 0
+  memory = settings.memory_gib * 2**30 or devices.memory_limit() or float("inf")
   for num_parts in (n for n in range(1, per_device + 1) if per_device % n == 0):
     if settings.batch_per_device and per_device > num_parts * settings.batch_per_device:
       continue
     step = make_step(num_parts)
-    if memory:
-      needed = _memory(step.lower(state, batches))
+    needed = _memory(step.lower(state, batches))
     if needed <= memory:
       if num_parts > 1:
         print(f"training: each batch in {num_parts} parts of {per_device // num_parts} per device")
@@ -377,12 +376,12 @@ def _scalars(pending: list[PyTree], max_in_a_row: int, step: int) -> dict[str, f
   return scalars
 
 
-def _begin(checkpoints: Checkpoints, target: TrainState, num_steps: int, init: Callable):
-  """(step, state) of the newest checkpoint that can be read, else of a fresh start."""
+def _begin(checkpoints: Checkpoints, target: TrainState, num_steps: int):
+  """(step, state) of the newest checkpoint that can be read, else (0, None)."""
   found = checkpoints.restore_newest(target)
   if found is None:
     print(f"training: fresh start, {num_steps} steps", flush=True)
-    return 0, init()
+    return 0, None
   done = found[0] >= num_steps
   words = f"finished at step {found[0]}" if done else f"resumed at step {found[0]} of {num_steps}"
   print(f"training: {words}", flush=True)
@@ -424,8 +423,8 @@ def train(
   with contextlib.ExitStack() as stack:
     enter = stack.enter_context
     checkpoints = enter(Checkpoints(workdir / "checkpoints", keep=settings.keep_checkpoints))
-    init = lambda: init_state(*parts[:3], config.seed, *parts[3:])
-    start, state = _begin(checkpoints, abstract_state(*parts), settings.num_steps, init)
+    target = abstract_state(*parts)
+    start, state = _begin(checkpoints, target, settings.num_steps)
     if start >= settings.num_steps:
       return state
     if config.ema.snapshot_every:
@@ -439,7 +438,11 @@ def train(
     first = next(batches)
     given = {"transform": dataset.transform, "make_loss": make_loss}
     make_step = functools.partial(make_train_step, sde, model, optimizer, config, mesh, **given)
-    train_step = fitting_step(make_step, state, first, settings.batch_size // mesh.size, config)
+    init = lambda: state or init_state(*parts[:3], config.seed, *parts[3:])
+    with ThreadPoolExecutor(1) as beside:  # XLA compiles both at once
+      made = beside.submit(init)
+      train_step = fitting_step(make_step, target, first, settings.batch_size // mesh.size, config)
+    state = made.result()
     batches, pending = itertools.chain([first], batches), []
     for step, size in _calls(start, settings):
       with progress.waiting():

@@ -283,6 +283,19 @@ def test_a_killed_run_resumes_bit_for_bit(tmp_path, capsys, name):
   assert_same(straight, again)
 
 
+@pytest.mark.parametrize("num_devices", [1, 4])
+def test_the_step_of_a_run_compiles_once_fresh_or_resumed(
+  experiment, tmp_path, caplog, num_devices
+):
+  """It is compiled beside the initialisation, for a state that is not there yet."""
+  for begin in ("fresh", "resumed"):
+    caplog.clear()
+    with jax.log_compiles(), contextlib.suppress(Killed):
+      train(experiment, tmp_path, kill_at({"fresh": 3}.get(begin)), mesh_of(num_devices))
+    compiled = [r.getMessage() for r in caplog.records if "Finished XLA" in r.getMessage()]
+    assert sum("jit(steps)" in message for message in compiled) == 1, (begin, compiled)
+
+
 def lines_of(workdir):
   return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
