@@ -10,6 +10,7 @@ from scipy.linalg import sqrtm
 from evaluation.denoising import gaussian_predictor_loss, loss_per_level
 from evaluation.fid import frechet_distance, sample_frechet_distance
 from evaluation.mixture import mixture_log_prob
+from evaluation.photographs import SIZE, crop
 from evaluation.two_sample import energy_test, frechet_test
 from evaluation.work_precision import energy_distance, mixture_noise_fn
 from sde_lib import make_sde, marginal
@@ -101,3 +102,12 @@ def test_noise_of_the_benchmark_is_that_of_its_mixture():
   alpha, sigma = marginal(sde, 1.0)
   noise = mixture_noise_fn(sde)(x, jnp.asarray(1.0))
   np.testing.assert_allclose(noise, -alpha / sigma * 0.4, rtol=1e-2)
+
+
+@pytest.mark.parametrize(("left", "right", "level"), [(0, 512, 0), (512, 640, 255)])
+def test_crops_for_training_and_tests_share_no_pixel(left, right, level):
+  photograph = np.zeros((427, 640, 3), np.uint8)
+  photograph[:, 512:] = 255
+  for _ in range(300):
+    image = np.asarray(crop(RNG, photograph, left, right))
+    assert image.shape == (SIZE, SIZE, 3) and (image == level).all()
