@@ -1,5 +1,5 @@
 """How fast the exact likelihood is: python -m evaluation.likelihood_speed [config or workdir
-[images [channels]]].
+[images]] [channels=N] [tolerance=T].
 
 Against a written-out baseline of the usual way (Song et al. 2021's released code): scipy's RK45 on
 the host over the whole flattened batch and its log-densities, rtol = atol = 1e-5; drift and
@@ -9,7 +9,9 @@ that a busy machine slows both; medians are compared. Errors are against a solve
 tolerance 1e-6 with the same probes.
 
 A config gives a random network, its kernels perturbed so that its output is not zero, on random
-images; a workdir its trained one on its data. `channels` replaces `nf`.
+images; a workdir its trained one on its data. `channels` replaces `nf` of a config, `tolerance`
+that of ours (5e-6). In float32 a tolerance below what the network's rounding allows costs rejected
+steps and gains nothing.
 """
 
 import sys
@@ -34,8 +36,8 @@ from parameterization import make_noise_fn, make_score_fn
 from sde_lib import coefficients, example_keys, prior_log_prob
 
 ROUNDS, KEY = 3, 1
+SOURCE, COUNT, OPTIONS = "configs/digits.py", 16, {"channels": 0, "tolerance": 5e-6}
 BASELINE = {"rtol": 1e-5, "atol": 1e-5, "method": "RK45"}
-OURS = {"rtol": 5e-6, "atol": 5e-6, "solver": "dopri5"}
 AT_ONCE = 8  # images that one solve of ours takes: each waits for the slowest
 REFERENCE = {"rtol": 1e-6, "atol": 1e-6, "solver": "dopri8", "max_steps": 10_000}
 
@@ -124,11 +126,11 @@ def perturbed(experiment: Experiment) -> PyTree:
   return jax.tree_util.tree_map_with_path(shake, params)
 
 
-def compare(experiment: Experiment, params: PyTree, x: jax.Array) -> None:
+def compare(experiment: Experiment, params: PyTree, x: jax.Array, tolerance: float) -> None:
   """Prints time per image, evaluations, passes and errors of both, and the ratio."""
   runs = {
     "baseline": baseline(experiment, params, x),
-    "ours": ours(experiment, params, x, **OURS),
+    "ours": ours(experiment, params, x, rtol=tolerance, atol=tolerance, solver="dopri5"),
   }
   results, seconds = {name: run() for name, run in runs.items()}, {name: [] for name in runs}
   for _ in range(ROUNDS):
@@ -153,20 +155,25 @@ def compare(experiment: Experiment, params: PyTree, x: jax.Array) -> None:
 def main() -> None:
   """Reads the arguments and compares."""
   jax.config.update("jax_default_matmul_precision", "highest")
-  given = dict(enumerate(sys.argv[1:]))
-  source, count = given.get(0, "configs/digits.py"), int(given.get(1, 16))
+  places = [word for word in sys.argv[1:] if "=" not in word]
+  options = OPTIONS | dict(word.split("=", 1) for word in sys.argv[1:] if "=" in word)
+  if len(places) > 2 or options.keys() != OPTIONS.keys():
+    sys.exit(__doc__)
+  source, count = (*places, *(SOURCE, COUNT)[len(places) :])
+  count, channels, tolerance = int(count), int(options["channels"]), float(options["tolerance"])
   if Path(source).is_dir():
     job = trained.start(settings.read(Path(source)), Path(source), train=False)
-    experiment = job.experiment
+    experiment, params = job.experiment, job.params
     values = experiment.dataset.splits["test"]["image"][:count]
     x = experiment.transform.dequantize(jax.random.key(0), jnp.asarray(values))
-    return compare(experiment, job.params, x)
-  config = settings.load_config_file(source)
-  if 2 in given:
-    config.model.args.nf = int(given[2])
-  experiment = build(config)
-  x = jax.random.uniform(jax.random.key(0), (count, *experiment.spec.shape), minval=-1.0)
-  return compare(experiment, perturbed(experiment), x)
+  else:
+    config = settings.load_config_file(source)
+    if channels:
+      config.model.args.nf = channels
+    experiment = build(config)
+    params = perturbed(experiment)
+    x = jax.random.uniform(jax.random.key(0), (count, *experiment.spec.shape), minval=-1.0)
+  compare(experiment, params, x, tolerance)
 
 
 if __name__ == "__main__":
