@@ -394,58 +394,6 @@ def _power_averages(state: TrainState, config: ml_collections.ConfigDict) -> dic
   return {average(i): tree for i, tree in enumerate(state.ema_params) if i >= first}
 
 
-class _Recorder:
-  """What a run does between its steps: reports, checkpoints, snapshots, callbacks, stopping when
-  asked.
-  """
-
-  def __init__(self, enter, config, workdir, checkpoints, start, callbacks, **speed):
-    settings = config.training
-    self._config, self._start, self._callbacks = config, start, callbacks
-    self._checkpoints, self._pending = checkpoints, []
-    if config.ema.snapshot_every:
-      self._snapshots = enter(Checkpoints(workdir / "ema_snapshots", keep=None))
-    self._write = lambda *_: None
-    if devices.is_first():
-      self._write = enter(MetricsWriter(workdir, start, config)).write
-    self.progress = enter(Progress(start, settings, **speed))
-    self._stop, self._profiler = enter(Stop()), Profiler(workdir, start, settings)
-
-  def after(self, step: int, size: int, state: TrainState, metrics: PyTree) -> None:
-    """What is due after a call of `size` steps that ended at `step`."""
-    settings = self._config.training
-    self._pending.append(metrics)
-    if step == self._start + size:
-      self.progress.first_step(step, metrics)
-    self._profiler.step(step, metrics)
-    due = functools.partial(_due, step, size, settings.num_steps)
-    asked = self._stop.asked()
-    save = due(settings.checkpoint_every) or asked
-    if save or due(settings.log_every):
-      # parameters that give no finite gradient must not replace those that did
-      save = self._report(step) and save
-    if save:
-      self._checkpoints.save(step, state)
-    if due(self._config.ema.snapshot_every):
-      self._snapshots.save_items(step, _power_averages(state, self._config))
-    if asked:
-      self._checkpoints.wait()
-      latest = self._checkpoints.latest()
-      raise Stopped(f"stopped at step {step} as asked; the last checkpoint: {latest}")
-    for field, callback in self._callbacks.items():
-      if due(settings[field]):
-        with self.progress.paused():
-          if told := callback(step, state.ema_params):
-            self._write(step, told)
-
-  def _report(self, step):
-    """Whether the last gradient was finite."""
-    scalars = _scalars(self._pending, self._config.training.max_skipped, step)
-    self._write(step, self.progress.report(step, scalars))
-    self._pending = []
-    return not scalars["skipped_in_a_row"]
-
-
 def train(
   config: ml_collections.ConfigDict,
   sde: SDE,
@@ -473,16 +421,19 @@ def train(
   settings, optimizer, shape = config.training, make_optimizer(config, sde), dataset.shape
   parts = model, optimizer, shape, mesh, len(ema.decays(config))
   with contextlib.ExitStack() as stack:
-    keep = settings.keep_checkpoints
-    checkpoints = stack.enter_context(Checkpoints(workdir / "checkpoints", keep=keep))
+    enter = stack.enter_context
+    checkpoints = enter(Checkpoints(workdir / "checkpoints", keep=settings.keep_checkpoints))
     target = abstract_state(*parts)
     start, state = _begin(checkpoints, target, settings.num_steps)
     if start >= settings.num_steps:
       return state
-    speed = {"num_devices": mesh.size, "flops_per_image": flops_per_image}
-    recorder = _Recorder(
-      stack.enter_context, config, workdir, checkpoints, start, callbacks, **speed
-    )
+    if config.ema.snapshot_every:
+      snapshots = enter(Checkpoints(workdir / "ema_snapshots", keep=None))
+    write = lambda *_: None
+    if devices.is_first():
+      write = enter(MetricsWriter(workdir, start, config)).write
+    progress = enter(Progress(start, settings, mesh.size, flops_per_image))
+    stop, profiler = enter(Stop()), Profiler(workdir, start, settings)
     batches = _batches(config, dataset.splits["train"], start, mesh)
     first = next(batches)
     given = {"transform": dataset.transform, "make_loss": make_loss}
@@ -491,10 +442,35 @@ def train(
     with ThreadPoolExecutor(1) as beside:  # XLA compiles both at once
       made = beside.submit(init)
       train_step = fitting_step(make_step, target, first, settings.batch_size // mesh.size, config)
-    state, batches = made.result(), itertools.chain([first], batches)
+    state, batches, pending = made.result(), itertools.chain([first], batches), []
     for step, size in _calls(start, settings):
-      with recorder.progress.waiting():
+      with progress.waiting():
         batch = next(batches)
       state, metrics = train_step(state, batch)
-      recorder.after(step, size, state, metrics)
+      pending.append(metrics)
+      if step == start + size:
+        progress.first_step(step, metrics)
+      profiler.step(step, metrics)
+      due = functools.partial(_due, step, size, settings.num_steps)
+      asked = stop.asked()
+      save = due(settings.checkpoint_every) or asked
+      if save or due(settings.log_every):
+        scalars = _scalars(pending, settings.max_skipped, step)
+        write(step, progress.report(step, scalars))
+        pending = []
+        # parameters that give no finite gradient must not replace those that did
+        save = save and not scalars["skipped_in_a_row"]
+      if save:
+        checkpoints.save(step, state)
+      if due(config.ema.snapshot_every):
+        snapshots.save_items(step, _power_averages(state, config))
+      if asked:
+        checkpoints.wait()
+        latest = checkpoints.latest()
+        raise Stopped(f"stopped at step {step} as asked; the last checkpoint: {latest}")
+      for field, callback in callbacks.items():
+        if due(settings[field]):
+          with progress.paused():
+            if told := callback(step, state.ema_params):
+              write(step, told)
   return state
