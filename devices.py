@@ -6,7 +6,8 @@ import contextlib
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import numpy as np
@@ -193,6 +194,27 @@ def wait_for_all(name: str) -> None:
 def memory_limit() -> int:
   """Bytes that a program may use on a device, 0 where the device does not tell."""
   return (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", 0)
+
+
+def programs_at_once() -> int:
+  """Independent programs that each device of this process should run at a time.
+
+  A small network keeps one core busy, whatever XLA splits within a program, so a CPU runs as many
+  as there are cores to a device; an accelerator runs one after the other.
+  """
+  if jax.default_backend() != "cpu":
+    return 1
+  # macOS does not tell which cores a process may use
+  cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+  return max(1, cores // jax.local_device_count())
+
+
+def in_threads(function: Callable, items: Iterable, num_threads: int) -> Iterator:
+  """function(item) of each, in order, `num_threads` at a time; where one raises, those that have
+  not begun are dropped. jax's context managers of the caller do not reach into the threads.
+  """
+  with ThreadPoolExecutor(num_threads) as threads:
+    yield from threads.map(function, items)
 
 
 def gather(shards: PyTree, specs: PyTree) -> PyTree:

@@ -2,9 +2,8 @@
 goes on and any number of devices gives the same bits.
 """
 
-import functools
+import itertools
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -78,8 +77,8 @@ KINDS = {
 
 class Blocks:
   """Evaluates examples in blocks of `likelihood.batch_size`, each by a program of one device, so
-  that what a block gives depends on nothing but its examples, and keeps each in a file. Hosts and
-  devices share the blocks.
+  that what a block gives depends on nothing but its examples, and keeps each in a file. Hosts,
+  devices and the cores of a CPU share the blocks.
   """
 
   def __init__(self, job: Job, held: Held, folder: Path):
@@ -88,18 +87,14 @@ class Blocks:
     self.split = job.experiment.dataset.splits[self.options.split]
     local = job.experiment.mesh.local_devices
     self._held = [(device, jax.device_put(held, device)) for device in local]
+    self._evaluate = jax.jit(self._columns)
 
-  @functools.cached_property
-  def _evaluate(self) -> Callable:
-    @jax.jit
-    def evaluate(held, *block):
-      with jax.default_matmul_precision("highest"):
-        return KINDS[self.options.kind][0](self.experiment, held, *block)
-
-    return evaluate
+  def _columns(self, held: Held, *block) -> dict[str, Array]:
+    with jax.default_matmul_precision("highest"):
+      return KINDS[self.options.kind][0](self.experiment, held, *block)
 
   def _call(self, rows: np.ndarray, folds: np.ndarray, device, held) -> dict[str, Array]:
-    """Columns of the examples `rows` whose keys are folded with `folds` [2, n], on their way."""
+    """Columns of the examples `rows` whose keys are folded with `folds` [2, n]."""
     keys = keys_of(self.key, rows)
     fold = jax.vmap(jax.random.fold_in)
     draws, probes = (fold(keys, jnp.asarray(f)) for f in folds)
@@ -116,19 +111,21 @@ class Blocks:
     devices.wait_for_all(f"blocks {name}")
     missing = [block for block in range(count) if not path(block).is_file()]
     missing = missing[jax.process_index() :: jax.process_count()]
+
+    def make(task):
+      block, place = task
+      # the last block repeats its last example
+      positions = np.minimum(block * size + np.arange(size), len(rows) - 1)
+      columns = jax.device_get(self._call(rows[positions], folds[:, positions], *place))
+      valid = min(size, len(rows) - block * size)
+      files.write_arrays(path(block), {name: c[:valid] for name, c in columns.items()})
+
+    tasks = zip(missing, itertools.cycle(self._held))
+    num_threads = len(self._held) * devices.programs_at_once()
     options = {"desc": name, "unit": "block", "disable": devices.no_bar()}
     with tqdm(total=count, initial=count - len(missing), **options) as bar:
-      for first in range(0, len(missing), len(self._held)):
-        on_their_way = []
-        for block, place in zip(missing[first:], self._held):
-          # the last block repeats its last example
-          positions = np.minimum(block * size + np.arange(size), len(rows) - 1)
-          on_their_way.append((block, self._call(rows[positions], folds[:, positions], *place)))
-        for block, columns in on_their_way:
-          valid = min(size, len(rows) - block * size)
-          columns = {name: c[:valid] for name, c in jax.device_get(columns).items()}
-          files.write_arrays(path(block), columns)
-          bar.update()
+      for _ in devices.in_threads(make, tasks, num_threads):
+        bar.update()
     devices.wait_for_all(f"blocks {name} written")
     blocks = [files.read_arrays(path(block)) for block in range(count)]
     return {n: np.concatenate([block[n] for block in blocks]) for n in blocks[0]}

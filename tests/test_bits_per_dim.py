@@ -1,6 +1,7 @@
 """The likelihood job: any number of devices, killed at any moment, failed examples, error bars."""
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -87,6 +88,16 @@ def test_the_number_of_devices_changes_no_bit(job, straight, tmp_path, num_devic
   assert_same(straight[1], table_of(tmp_path))
   names = ("bits_per_dim", "standard_error", "standard_error_probes", "standard_error_draws")
   assert all(record[name] == straight[0][name] for name in names)
+
+
+def test_blocks_side_by_side_change_no_bit(job, straight, tmp_path, monkeypatch, caplog):
+  """And their program is compiled once, though all ask for it at once."""
+  monkeypatch.setattr(devices, "programs_at_once", lambda: 3)
+  with caplog.at_level("DEBUG", "jax._src.dispatch"):
+    bits_per_dim.run(with_options(job, tmp_path))
+  assert_same(straight[1], table_of(tmp_path))
+  compiled = [m for m in caplog.messages if re.search(r"Finished XLA .*_columns", m)]
+  assert len(compiled) == 1, caplog.messages
 
 
 @pytest.mark.exhaustive  # test_likelihood_pitfalls kills one at every block

@@ -5,6 +5,7 @@ test_divergence, test_dequantization, test_bits_per_dim, test_hosts.
 """
 
 import dataclasses
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -57,17 +58,16 @@ def test_rows_32_to_34_examples_repeated_or_lost_after_a_kill(job, monkeypatch):
   mean is that of all of them.
   """
   record = bits_per_dim.run(job)
-  call, calls, fatal = bits_per_dim.Blocks._call, [], set()
+  call, calls, fatal = bits_per_dim.Blocks._call, itertools.count(1), set()
 
   def killed(blocks, *args):
-    calls.append(1)
-    if len(calls) in fatal:
+    if next(calls) in fatal:
       raise KeyboardInterrupt
     return call(blocks, *args)
 
   monkeypatch.setattr(bits_per_dim.Blocks, "_call", killed)
   for fatal in ({n, n + 2} for n in range(1, 8)):
-    calls.clear()
+    calls = itertools.count(1)
     again = dataclasses.replace(job, workdir=job.workdir.with_name(f"killed{min(fatal)}"))
     ends = []
     while not ends or ends[-1]:
