@@ -87,9 +87,33 @@ def loss_history(opt_state: PyTree) -> losses.LossHistory | None:
   return next(filter(is_history, jax.tree.leaves(opt_state, is_leaf=is_history)), None)
 
 
+def guard(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+  """What `inner` does to gradients that are `usable`; others change nothing but the counts.
+
+  As `optax.apply_if_finite`, without its branches, which keep XLA from fusing the update: each
+  number is chosen, and the step of DDPM++ compiles in two thirds of the time.
+  """
+  inner = optax.with_extra_args_support(inner)
+
+  def init(params):
+    count = jnp.zeros((), jnp.int32)
+    return optax.ApplyIfFiniteState(count, jnp.array(True), count, inner.init(params))
+
+  def update(updates, state, params=None, *, usable: Array, **extra):
+    updates, new = inner.update(updates, state.inner_state, params, **extra)
+    choose = lambda new, old: jnp.where(usable, new, old)
+    updates = jax.tree.map(lambda u: choose(u, 0), updates)
+    in_a_row = jnp.where(usable, 0, state.notfinite_count + 1)
+    total = state.total_notfinite + ~usable
+    kept = jax.tree.map(choose, new, state.inner_state)
+    return updates, optax.ApplyIfFiniteState(in_a_row, usable, total, kept)
+
+  return optax.GradientTransformationExtraArgs(init, update)
+
+
 def make_optimizer(config: ConfigDict, sde: SDE) -> optax.GradientTransformationExtraArgs:
-  """The named optimizer of optax on gradients clipped by their global norm; gradients that are not
-  finite change nothing but the count of them.
+  """The named optimizer of optax on gradients clipped by their global norm, behind a `guard`: its
+  update takes `usable`.
   """
   settings = config.optimizer
   function = lookup(OPTIMIZERS, settings.name, "optimizer.name")
@@ -99,7 +123,5 @@ def make_optimizer(config: ConfigDict, sde: SDE) -> optax.GradientTransformation
   # fixed parameters have no gradient, but weight decay would change them
   fixed = optax.masked(optax.set_to_zero(), _keep_fixed)
   chain = optax.chain(optax.clip_by_global_norm(settings.grad_clip), function(**arguments), fixed)
-  # never accepted: the loop ends after training.max_skipped in a row
-  guarded = optax.apply_if_finite(chain, max_consecutive_errors=jnp.iinfo(jnp.int32).max)
   aware = [record_losses(sde)] if config.loss.time_sampler == losses.LOSS_AWARE else []
-  return optax.with_extra_args_support(optax.chain(guarded, *aware))
+  return optax.with_extra_args_support(optax.chain(guard(chain), *aware))

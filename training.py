@@ -26,6 +26,7 @@ import ema
 import losses
 from checkpoint import Checkpoints, average
 from errors import RunError, Stopped, lookup
+from initialization import joined
 from optimizers import learning_rate, loss_history, make_optimizer
 from parameterization import make_noise_fn
 from run_control import Profiler, Stop
@@ -76,21 +77,27 @@ def abstract_state(
   return on_mesh(jax.eval_shape(init), mesh)
 
 
-def init_state(
+def lower_init(
   model: nn.Module,
   optimizer: optax.GradientTransformation,
   shape,
   seed: int,
   mesh: Mesh,
   num_averages: int = 1,
-) -> TrainState:
-  """The state at step 0, on the mesh."""
+) -> jax.stages.Lowered:
+  """The program without arguments that makes the state at step 0 on the mesh, to be compiled."""
   target = abstract_state(model, optimizer, shape, mesh, num_averages)
   where = jax.tree.map(lambda leaf: leaf.sharding, target)
-  init = lambda: first_state(init_params(model, shape, seed), optimizer, num_averages)
-  # XLA's CPU backend spends 4x longer optimising the initialisers than it saves
+  params = lambda: init_params(model, shape, seed)
+  init = lambda: first_state(joined(params), optimizer, num_averages)
+  # XLA's CPU backend spends more on optimising the initialisers than it saves
   fast = {"xla_backend_optimization_level": "0"} if mesh.devices.flat[0].platform == "cpu" else None
-  return jax.jit(init, out_shardings=where, compiler_options=fast)()
+  return jax.jit(init, out_shardings=where, compiler_options=fast).lower()
+
+
+def init_state(*args, **kwargs) -> TrainState:
+  """The state at step 0, on the mesh; arguments as for `lower_init`."""
+  return lower_init(*args, **kwargs).compile()()
 
 
 def _bound(table: dict, settings: ml_collections.ConfigDict, field: str, **given) -> Callable:
@@ -258,8 +265,7 @@ def make_train_step(
     loss, grads, seen = gradients(state.params, key, batch, loss_history(state.opt_state))
     norm, count = optax.tree.norm(grads), optax.tree.get(state.opt_state, "total_notfinite")
     usable = jnp.isfinite(loss) & jnp.isfinite(norm)
-    grads = jax.tree.map(lambda g: jnp.where(usable, g, jnp.nan), grads)
-    told = {"times": seen[0], "losses_seen": seen[1]}
+    told = {"usable": usable, "times": seen[0], "losses_seen": seen[1]}
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params, **told)
     params = optax.apply_updates(state.params, updates)
     averages = ema.update(state.ema_params, params, state.step, config)
@@ -438,9 +444,9 @@ def train(
     first = next(batches)
     given = {"transform": dataset.transform, "make_loss": make_loss}
     make_step = functools.partial(make_train_step, sde, model, optimizer, config, mesh, **given)
-    init = lambda: state or init_state(*parts[:3], config.seed, *parts[3:])
-    with ThreadPoolExecutor(1) as beside:  # XLA compiles both at once
-      made = beside.submit(init)
+    begin = None if state else lower_init(*parts[:3], config.seed, *parts[3:])
+    with ThreadPoolExecutor(1) as beside:  # XLA compiles it while Python traces the step
+      made = beside.submit(lambda: state or begin.compile()())
       train_step = fitting_step(make_step, target, first, settings.batch_size // mesh.size, config)
     state, batches, pending = made.result(), itertools.chain([first], batches), []
     for step, size in _calls(start, settings):
