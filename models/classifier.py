@@ -7,6 +7,7 @@ from jaxtyping import Array, Float
 
 from models.layers import adm, unet
 from models.layers.conv import Conv
+from models.layers.norm import GroupNorm
 
 
 class Model(nn.Module):
@@ -209,7 +210,7 @@ def _conv(features, name, stride=1):
 def _group_norm(channels, name):
   """As many groups as divide the channels, at most 32 and each of at least 4 channels, eps 1e-5."""
   groups = max(n for n in range(1, min(32, channels // 4) + 1) if channels % n == 0)
-  return nn.GroupNorm(groups, epsilon=1e-5, name=name)
+  return GroupNorm(groups, epsilon=1e-5, name=name)
 
 
 def _uniform_out(key, shape, dtype):

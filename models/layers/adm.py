@@ -14,6 +14,7 @@ from jaxtyping import Array, Float
 
 from models.layers import unet
 from models.layers.conv import Conv
+from models.layers.norm import GroupNorm
 
 # U(-1/sqrt(fan_in), 1/sqrt(fan_in)), PyTorch's default for weights
 UNIFORM = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
@@ -33,9 +34,9 @@ def dense(features: int, *, name: str, init=UNIFORM, dtype: str = "float32") -> 
   return nn.Dense(features, kernel_init=init, dtype=dtype, name=name)
 
 
-def group_norm(channels: int, *, name: str, dtype: str = "float32") -> nn.GroupNorm:
+def group_norm(channels: int, *, name: str, dtype: str = "float32") -> GroupNorm:
   """GroupNorm of 32 groups, or of the most that divide both 32 and the channels, eps 1e-5."""
-  return nn.GroupNorm(math.gcd(32, channels), epsilon=1e-5, dtype=dtype, name=name)
+  return GroupNorm(math.gcd(32, channels), epsilon=1e-5, dtype=dtype, name=name)
 
 
 def timestep_embedding(c_noise: Float[Array, " b"], dim: int) -> Float[Array, "b dim"]:

@@ -1,7 +1,8 @@
 """Convolution whose gradients are convolutions in the layout that XLA:CPU runs fast.
 
 The usual gradients carry permuted dimension numbers, which XLA:CPU rewrites outside of loops only:
-inside a scan or while loop they take its naive code, 3 to 50 times slower.
+inside a scan or while loop they take its naive code, 3 to 50 times slower. At the default matmul
+precision 3x3 convolutions and their gradients take Winograd's algorithm.
 """
 
 import jax
@@ -11,6 +12,8 @@ from jax import lax
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jaxtyping import Array, Float
+
+from models.layers import winograd
 
 Pads = tuple[tuple[int, int], ...]  # zeros before and after each spatial axis
 
@@ -52,7 +55,9 @@ class Conv(nn.Module):
     strides, dilation = self.strides or ones, self.kernel_dilation or ones
     plain = strides == dilation == ones
     if plain and self.kernel_size == ones and isinstance(self.padding, str):
-      return jnp.tensordot(x, kernel.reshape(kernel.shape[-2:]), 1)
+      # a product of two matrices: with more axes XLA:CPU takes half as long again
+      flat = x.reshape(-1, x.shape[-1]) @ kernel.reshape(kernel.shape[-2:])
+      return flat.reshape(*x.shape[:-1], -1)
     if plain and jax.default_backend() == "cpu":
       pads = self.padding
       if isinstance(pads, str):
@@ -64,10 +69,18 @@ class Conv(nn.Module):
 def unit_conv(
   x: Float[Array, "b *hw c"], kernel: Float[Array, "*k c f"], pads: Pads
 ) -> Float[Array, "b *hw2 f"]:
-  """Convolution of stride 1; all its derivatives, forward and reverse, are such convolutions."""
+  """Convolution of stride 1; all its derivatives, forward and reverse, are such convolutions.
+
+  Winograd's algorithm where it pays, unless `jax.default_matmul_precision` is "highest".
+  """
+  exact = jax.config.jax_default_matmul_precision in ("highest", "float32")
+  return _bind(x, kernel, pads, exact)
+
+
+def _bind(x, kernel, pads, exact):
   over_x, over_kernel = (jax.typeof(a).mat.varying for a in (x, kernel))  # of a shard_map
   x = _vary(x, over_kernel - over_x)
-  return _conv_p.bind(x, _vary(kernel, over_x - over_kernel), pads=pads)
+  return _conv_p.bind(x, _vary(kernel, over_x - over_kernel), pads=pads, exact=exact)
 
 
 def _vary(array, axes):
@@ -88,40 +101,50 @@ def _lax_conv(x, kernel, padding, strides=None, dilation=None):
 # bilinear, and the transposes below are calls of itself.
 
 
-def _implementation(x, kernel, *, pads):
+def _implementation(x, kernel, *, pads, exact):
+  around, size = ((1, 1), (1, 1)), kernel.shape[:-2]
+  if not exact and pads == around and size == (3, 3):
+    if winograd.suits(x.shape, kernel.shape[-1], x.dtype):
+      return winograd.convolution(x, kernel)
+  if not exact and pads == around and size == x.shape[1:-1]:
+    # as `_kernel_gradient` asks for it
+    images, gradient = x.swapaxes(0, -1), jnp.moveaxis(kernel, -2, 0)
+    if winograd.suits(images.shape, kernel.shape[-1], x.dtype):
+      return jnp.moveaxis(winograd.kernel_gradient(images, gradient), -2, 0)
   return _lax_conv(x, kernel, pads)
 
 
-def _abstract(x, kernel, *, pads):
+def _abstract(x, kernel, *, pads, exact):
   shape = jax.eval_shape(lambda *a: _lax_conv(*a, pads), x, kernel).shape
   return x.update(shape=shape, weak_type=False)
 
 
-def _input_gradient(gradient, x, kernel, *, pads):
+def _input_gradient(gradient, x, kernel, *, pads, exact):
   """The kernel flipped in space, its channels exchanged."""
   size = kernel.shape[:-2]
   kernel = jnp.flip(kernel, range(len(size))).swapaxes(-1, -2)
-  return unit_conv(gradient, kernel, tuple((k - 1 - a, k - 1 - b) for k, (a, b) in zip(size, pads)))
+  pads = tuple((k - 1 - a, k - 1 - b) for k, (a, b) in zip(size, pads))
+  return _bind(gradient, kernel, pads, exact)
 
 
-def _kernel_gradient(gradient, x, kernel, *, pads):
+def _kernel_gradient(gradient, x, kernel, *, pads, exact):
   """The batch is the axis summed over, the input's channels are the batch."""
-  result = unit_conv(x.swapaxes(0, -1), jnp.moveaxis(gradient, 0, -2), pads)
+  result = _bind(x.swapaxes(0, -1), jnp.moveaxis(gradient, 0, -2), pads, exact)
   return jnp.moveaxis(result, 0, -2)
 
 
-def _batch(args, axes, *, pads):
+def _batch(args, axes, *, pads, exact):
   """Under vmap: a new axis of the input alone joins its batch."""
   x, kernel = args
   if axes[1] is not None:
     return jax.vmap(lambda *a: _lax_conv(*a, pads), axes)(x, kernel), 0
   x = jnp.moveaxis(x, axes[0], 0)
-  y = unit_conv(x.reshape(-1, *x.shape[2:]), kernel, pads)
+  y = _bind(x.reshape(-1, *x.shape[2:]), kernel, pads, exact)
   return y.reshape(*x.shape[:2], *y.shape[1:]), 0
 
 
 _conv_p = Primitive("unit_conv")
-_conv_p.def_impl(jax.jit(_implementation, static_argnames="pads"))
+_conv_p.def_impl(jax.jit(_implementation, static_argnames=("pads", "exact")))
 _conv_p.def_abstract_eval(_abstract)
 ad.defbilinear(_conv_p, _input_gradient, _kernel_gradient)
 batching.primitive_batchers[_conv_p] = _batch

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from models.layers import fir
 from models.layers.conv import Conv
+from models.layers.norm import GroupNorm
 
 
 def variance_scaling(scale: float = 1.0):
@@ -45,13 +46,13 @@ def dense(
 
 def group_norm(
   channels: int, name: str | None = None, *, group_size: int = 4, dtype: str | None = None
-) -> nn.GroupNorm:
+) -> GroupNorm:
   """GroupNorm with as many groups as divide the channels, at most 32 and each of at least
   `group_size` channels.
   """
   most = min(32, max(1, channels // group_size))
   groups = next(groups for groups in range(most, 0, -1) if channels % groups == 0)
-  return nn.GroupNorm(groups, dtype=dtype, name=name)
+  return GroupNorm(groups, dtype=dtype, name=name)
 
 
 def sinusoidal_embedding(
