@@ -34,6 +34,8 @@ def _transforms() -> tuple[np.ndarray, ...]:
 
 # of both axes, the columns of an image before its rows
 OUTPUT, KERNEL, INPUT = (np.kron(m, m).astype(np.float32) for m in _transforms())
+# from the window of inputs, whose inner places are those of the outputs
+INNER = np.kron(*2 * [np.pad(np.eye(SIDE), ((0, 0), (1, 1)))]).astype(np.float32)
 
 
 def suits(shape: tuple[int, ...], features: int, dtype) -> bool:
@@ -51,7 +53,7 @@ def convolution(
   kernel = (KERNEL @ kernel.swapaxes(0, 1).reshape(9, -1)).reshape(-1, c, f)
 
   def part(x):
-    products = lax.dot_general(_spectrum(x), kernel, (((2,), (1,)), ((0,), (0,))))
+    products = lax.dot_general(_transformed(INPUT, x), kernel, (((2,), (1,)), ((0,), (0,))))
     return _untiled(OUTPUT @ products.reshape(len(kernel), -1), (*x.shape[:3], f))
 
   return _each_part(part, max(c, f), x).reshape(*x.shape[:3], f)
@@ -66,8 +68,8 @@ def kernel_gradient(
   x = lax.optimization_barrier(x)
 
   def part(x, gradient):
-    spectrum = (OUTPUT.T @ _tiled(gradient)).reshape(len(INPUT), -1, f)
-    return lax.dot_general(_spectrum(x), spectrum, (((1,), (1,)), ((0,), (0,))))
+    factors = _transformed(INPUT, x), _transformed(OUTPUT.T @ INNER, gradient)
+    return lax.dot_general(*factors, (((1,), (1,)), ((0,), (0,))))
 
   total = _each_part(part, max(c, f), x, gradient).sum(0)
   return (KERNEL.T @ total.reshape(len(INPUT), -1)).reshape(3, 3, c, f).swapaxes(0, 1)
@@ -85,10 +87,10 @@ def _each_part(function, channels, *images):
   return lax.map(lambda part: function(*part), parts)
 
 
-def _spectrum(x):
-  """[36, tiles, c] of the inputs of each tile."""
+def _transformed(matrix, x):
+  """[36, tiles, c]: the matrix times the window of inputs of each tile."""
   windows = _windows(_windows(jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0))), 1), 3)
-  return (INPUT @ windows.reshape(len(INPUT), -1)).reshape(len(INPUT), -1, x.shape[-1])
+  return (matrix @ windows.reshape(len(INPUT), -1)).reshape(len(INPUT), -1, x.shape[-1])
 
 
 def _windows(x, axis):
@@ -97,15 +99,8 @@ def _windows(x, axis):
   return jnp.stack([lax.slice_in_dim(x, i, i + last + 1, SIDE, axis) for i in range(WIDTH)])
 
 
-def _tiled(y):
-  """[16, tiles * f]: the places in a tile, of all tiles."""
-  b, h, w, f = y.shape
-  y = y.reshape(b, h // SIDE, SIDE, w // SIDE, SIDE, f)
-  return y.transpose(4, 2, 0, 1, 3, 5).reshape(SIDE**2, -1)
-
-
 def _untiled(tiles, shape):
-  """The inverse of `_tiled`."""
+  """[b, h, w, f] of the places in a tile [16, tiles * f], of all tiles."""
   b, h, w, f = shape
   tiles = tiles.reshape(SIDE, SIDE, b, h // SIDE, w // SIDE, f)
   return tiles.transpose(2, 3, 1, 4, 0, 5).reshape(shape)
