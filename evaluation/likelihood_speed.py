@@ -10,9 +10,8 @@ tolerance 1e-6 with the same probes.
 
 A config gives a random network, its kernels perturbed so that its output is not zero, on random
 images; a workdir its trained one on its data. `channels` replaces `nf` of a config, `tolerance`
-that of ours (4e-6). In float32 a tolerance below what the network's rounding allows costs rejected
-steps and gains nothing. Ours runs as the job does, in blocks of `at_once` images (8), of which each
-waits for its slowest image, on a CPU a block on every core.
+that of ours (4e-6). Ours runs as the job does: blocks of `at_once` images (8), each of which waits
+for its slowest image, on a CPU one on every core.
 """
 
 import sys
