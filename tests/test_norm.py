@@ -20,7 +20,7 @@ def test_outputs_and_gradients_are_those_of_flax(x64, shape):
   }
 
   def results(kind):
-    layer = kind(num_groups=4, epsilon=1e-3, dtype=jnp.float64)
+    layer = kind(num_groups=4, epsilon=1e-3, dtype="float64")
     apply = lambda params, x: layer.apply({"params": params}, x)
     loss = lambda params, x: jnp.sin(apply(params, x)).sum()
     return apply(params, x), jax.grad(loss, (0, 1))(params, x)
