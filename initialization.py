@@ -12,8 +12,8 @@ from jaxtyping import PyTree
 
 
 def joined(function: Callable[[], PyTree]) -> PyTree:
-  """function(), to the bit, for use inside jit: draws that are alike but for their keys are one
-  draw, vmapped over the keys.
+  """function(), for use inside jit: draws that are alike but for their keys are one draw, vmapped
+  over the keys, of the same numbers.
   """
   program, shapes = jax.make_jaxpr(function, return_shape=True)()
   together = _groups(program)

