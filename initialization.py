@@ -3,12 +3,22 @@ instead of one for each array.
 """
 
 import collections
+import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.extend.core import ClosedJaxpr, Literal
-from jaxtyping import PyTree
+from jaxtyping import Array, PyTree
+
+
+class _Row(NamedTuple):
+  """A value that is one of a joined draw."""
+
+  array: Array
+  index: int
 
 
 def joined(function: Callable[[], PyTree]) -> PyTree:
@@ -19,23 +29,34 @@ def joined(function: Callable[[], PyTree]) -> PyTree:
   together = _groups(program)
   values = dict(zip(program.jaxpr.constvars, program.consts))
 
-  def value(atom):
+  def made(atom):
     if isinstance(atom, Literal):
       return jnp.asarray(atom.val, atom.aval.dtype)
     if atom not in values:
       make(together[atom])
     return values[atom]
 
+  def value(atom):
+    got = made(atom)
+    return got.array[got.index] if isinstance(got, _Row) else got
+
+  def column(atoms):
+    parts = [made(atom) for atom in atoms]
+    arrays = {id(part.array) if isinstance(part, _Row) else None for part in parts}
+    if len(arrays) == 1 and None not in arrays:  # a gather: each slice would be a kernel of its own
+      return parts[0].array[np.array([part.index for part in parts])]
+    return jnp.stack([value(atom) for atom in atoms])
+
   def make(equations):
-    inputs = [[value(atom) for atom in equation.invars] for equation in equations]
-    apply = lambda *row: _apply(equations[0], *row)
+    inputs = [equation.invars for equation in equations]
+    apply = functools.partial(_apply, equations[0])
     if len(equations) == 1:
-      rows = [apply(*inputs[0])]
-    else:
-      columns = jax.vmap(apply)(*map(jnp.stack, zip(*inputs)))
-      rows = [[column[i] for column in columns] for i in range(len(equations))]
-    for equation, row in zip(equations, rows):
-      values.update(zip(equation.outvars, row))
+      values.update(zip(equations[0].outvars, apply(*map(value, inputs[0]))))
+      return
+    columns = jax.vmap(apply)(*map(column, zip(*inputs)))
+    for index, equation in enumerate(equations):
+      rows = (_Row(array, index) for array in columns)
+      values.update(zip(equation.outvars, rows))
 
   return jax.tree.unflatten(jax.tree.structure(shapes), map(value, program.jaxpr.outvars))
 

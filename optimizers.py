@@ -2,6 +2,7 @@
 gradients that are not finite.
 """
 
+import functools
 import inspect
 from collections.abc import Callable
 
@@ -87,6 +88,27 @@ def loss_history(opt_state: PyTree) -> losses.LossHistory | None:
   return next(filter(is_history, jax.tree.leaves(opt_state, is_leaf=is_history)), None)
 
 
+def global_norm(grads: PyTree) -> Array:
+  """L2 norm of all gradients. Vectors are laid end to end, so that XLA compiles one sum instead of
+  hundreds.
+  """
+  leaves = jax.tree.leaves(grads)
+  arrays = [leaf for leaf in leaves if leaf.ndim > 1]
+  vectors = [leaf.ravel() for leaf in leaves if leaf.ndim < 2]
+  arrays += [jnp.concatenate(vectors)] if vectors else []
+  return jnp.sqrt(sum(jnp.sum(jnp.square(array)) for array in arrays))
+
+
+def clip(largest: float) -> optax.GradientTransformationExtraArgs:
+  """Gradients whose global norm, given as `norm`, is above `largest` are scaled down to it."""
+
+  def update(updates, state, params=None, *, norm: Array, **_):
+    scale = jnp.minimum(1.0, largest / norm)
+    return jax.tree.map(lambda u: u * scale.astype(u.dtype), updates), state
+
+  return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
+
+
 def guard(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
   """What `inner` does to gradients that are `usable`; others change nothing but the counts.
 
@@ -101,8 +123,8 @@ def guard(inner: optax.GradientTransformation) -> optax.GradientTransformationEx
 
   def update(updates, state, params=None, *, usable: Array, **extra):
     updates, new = inner.update(updates, state.inner_state, params, **extra)
-    choose = lambda new, old: jnp.where(usable, new, old)
-    updates = jax.tree.map(lambda u: choose(u, 0), updates)
+    choose = functools.partial(jax.lax.select, usable)  # traced in a third of the time of jnp.where
+    updates = jax.tree.map(lambda u: choose(u, jnp.zeros_like(u)), updates)
     in_a_row = jnp.where(usable, 0, state.notfinite_count + 1)
     total = state.total_notfinite + ~usable
     kept = jax.tree.map(choose, new, state.inner_state)
@@ -113,7 +135,7 @@ def guard(inner: optax.GradientTransformation) -> optax.GradientTransformationEx
 
 def make_optimizer(config: ConfigDict, sde: SDE) -> optax.GradientTransformationExtraArgs:
   """The named optimizer of optax on gradients clipped by their global norm, behind a `guard`: its
-  update takes `usable`.
+  update takes `norm`, their global norm, and `usable`.
   """
   settings = config.optimizer
   function = lookup(OPTIMIZERS, settings.name, "optimizer.name")
@@ -122,6 +144,6 @@ def make_optimizer(config: ConfigDict, sde: SDE) -> optax.GradientTransformation
   arguments = _arguments(f"optimizer.options.{settings.name}", function, options, given)
   # fixed parameters have no gradient, but weight decay would change them
   fixed = optax.masked(optax.set_to_zero(), _keep_fixed)
-  chain = optax.chain(optax.clip_by_global_norm(settings.grad_clip), function(**arguments), fixed)
+  chain = optax.chain(clip(settings.grad_clip), function(**arguments), fixed)
   aware = [record_losses(sde)] if config.loss.time_sampler == losses.LOSS_AWARE else []
   return optax.with_extra_args_support(optax.chain(guard(chain), *aware))

@@ -8,7 +8,7 @@ import itertools
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +27,7 @@ import losses
 from checkpoint import Checkpoints, average
 from errors import RunError, Stopped, lookup
 from initialization import joined
-from optimizers import learning_rate, loss_history, make_optimizer
+from optimizers import global_norm, learning_rate, loss_history, make_optimizer
 from parameterization import make_noise_fn
 from run_control import Profiler, Stop
 from run_log import MetricsWriter, Progress
@@ -263,13 +263,13 @@ def make_train_step(
     specs = devices.state_specs(state.params, mesh)
     gradients = _make_gradients(loss_fn, specs, mesh, num_parts)
     loss, grads, seen = gradients(state.params, key, batch, loss_history(state.opt_state))
-    norm, count = optax.tree.norm(grads), optax.tree.get(state.opt_state, "total_notfinite")
+    norm, count = global_norm(grads), optax.tree.get(state.opt_state, "total_notfinite")
     usable = jnp.isfinite(loss) & jnp.isfinite(norm)
-    told = {"usable": usable, "times": seen[0], "losses_seen": seen[1]}
+    told = {"norm": norm, "usable": usable, "times": seen[0], "losses_seen": seen[1]}
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params, **told)
     params = optax.apply_updates(state.params, updates)
     averages = ema.update(state.ema_params, params, state.step, config)
-    keep = lambda new, old: jnp.where(usable, new, old)
+    keep = functools.partial(jax.lax.select, usable)
     averages = jax.tree.map(keep, averages, state.ema_params)
     metrics = {
       "loss": loss,
@@ -293,7 +293,12 @@ def make_train_step(
 
 
 def fitting_step(
-  make_step: Callable[[int], Callable], state: PyTree, batches: PyTree, per_device: int, config
+  make_step: Callable[[int], Callable],
+  state: PyTree,
+  batches: PyTree,
+  per_device: int,
+  config: ml_collections.ConfigDict,
+  traced: Callable[[], Any] = lambda: None,
 ) -> Callable:
   """The train step, compiled, of the fewest parts per device that `training.batch_per_device` and
   the memory allow, by what XLA says that its program needs.
@@ -302,6 +307,7 @@ def fitting_step(
     make_step: number of parts -> train step.
     state, batches: as the step is called, abstract.
     per_device: examples of a batch on each device.
+    traced: called before each program is compiled.
   """
   settings = config.training
   memory = settings.memory_gib * 2**30 or devices.memory_limit() or float("inf")
@@ -309,7 +315,9 @@ def fitting_step(
     if settings.batch_per_device and per_device > num_parts * settings.batch_per_device:
       continue
     step = make_step(num_parts)
-    needed = _memory(step.lower(state, batches))
+    lowered = step.lower(state, batches)
+    traced()
+    needed = _memory(lowered)
     if needed <= memory:
       if num_parts > 1:
         print(f"training: each batch in {num_parts} parts of {per_device // num_parts} per device")
@@ -444,11 +452,13 @@ def train(
     first = next(batches)
     given = {"transform": dataset.transform, "make_loss": make_loss}
     make_step = functools.partial(make_train_step, sde, model, optimizer, config, mesh, **given)
-    begin = None if state else lower_init(*parts[:3], config.seed, *parts[3:])
-    with ThreadPoolExecutor(1) as beside:  # XLA compiles it while Python traces the step
-      made = beside.submit(lambda: state or begin.compile()())
-      train_step = fitting_step(make_step, target, first, settings.batch_size // mesh.size, config)
-    state, batches, pending = made.result(), itertools.chain([first], batches), []
+    begin = lambda: state or init_state(*parts[:3], config.seed, *parts[3:])
+    with ThreadPoolExecutor(1) as beside:  # Python and a core are free while XLA compiles the step
+      made = functools.cache(lambda: beside.submit(begin))
+      per_device = settings.batch_size // mesh.size
+      train_step = fitting_step(make_step, target, first, per_device, config, traced=made)
+      state = made().result()
+    batches, pending = itertools.chain([first], batches), []
     for step, size in _calls(start, settings):
       with progress.waiting():
         batch = next(batches)

@@ -7,7 +7,7 @@ import optax
 import pytest
 from tiny import tiny_config
 
-from optimizers import OPTIMIZERS, SCHEDULES, learning_rate, make_optimizer
+from optimizers import OPTIMIZERS, SCHEDULES, global_norm, learning_rate, make_optimizer
 from sde_lib import make_sde
 
 SDE = make_sde("vp")
@@ -19,7 +19,8 @@ def updated(config, grads, num_steps=1):
   optimizer, params = make_optimizer(config, SDE), PARAMS
   state = optimizer.init(params)
   for _ in range(num_steps):
-    updates, state = optimizer.update(grads, state, params, usable=jnp.array(True))
+    told = {"norm": global_norm(grads), "usable": jnp.array(True)}
+    updates, state = optimizer.update(grads, state, params, **told)
     params = optax.apply_updates(params, updates)
   return params, state
 
@@ -71,7 +72,7 @@ def test_an_optimizer_of_optax_is_that_of_optax(name):
   optimizer, params = getattr(optax, name)(0.1, **options), PARAMS
   state = optimizer.init(params)
   for _ in range(3):
-    updates, state = optimizer.update(grads, state, params, usable=jnp.array(True))
+    updates, state = optimizer.update(grads, state, params)
     params = optax.apply_updates(params, updates)
   ours = updated(config, grads, 3)[0]
   np.testing.assert_allclose(ours["kernel"], params["kernel"], rtol=1e-5)
@@ -88,6 +89,21 @@ def test_gradients_are_clipped_by_their_global_norm():
   grads = jax.tree.map(jnp.ones_like, PARAMS)
   change = PARAMS["kernel"] - updated(config, grads)[0]["kernel"]
   np.testing.assert_allclose(change, 0.5 / np.sqrt(10), rtol=1e-4)
+  small = jax.tree.map(lambda g: g * 1e-3, grads)
+  change = PARAMS["kernel"] - updated(config, small)[0]["kernel"]
+  np.testing.assert_allclose(change, 1e-3, rtol=1e-3)
+  none = updated(config, jax.tree.map(jnp.zeros_like, PARAMS))[0]
+  jax.tree.map(np.testing.assert_array_equal, none, PARAMS)
+
+
+def test_the_norm_is_that_of_all_gradients_in_few_sums():
+  rng = np.random.default_rng(0)
+  vectors = [rng.normal(size=n) for n in (3, 5, 5, 7)]
+  grads = {"vectors": vectors, "scalar": 2.0, "kernels": rng.normal(size=(2, 3, 4))}
+  grads = jax.tree.map(jnp.float32, grads)
+  np.testing.assert_allclose(global_norm(grads), optax.tree.norm(grads), rtol=1e-6)
+  jaxpr = str(jax.make_jaxpr(global_norm)(grads))
+  assert jaxpr.count("reduce_sum") == 2, "the vectors together, and the kernels"
 
 
 def test_fixed_frequencies_are_neither_trained_nor_decayed():
@@ -103,13 +119,14 @@ def test_gradients_that_are_not_usable_change_nothing_but_their_count():
   grads = jax.tree.map(jnp.ones_like, PARAMS)
   bad = grads | {"kernel": grads["kernel"].at[0, 0].set(jnp.nan)}
   optimizer, (yes, no) = make_optimizer(config, SDE), jnp.array([True, False])
-  before = optimizer.update(grads, optimizer.init(PARAMS), PARAMS, usable=yes)[1]
-  updates, state = optimizer.update(bad, before, PARAMS, usable=no)
+  told = {"norm": global_norm(grads), "usable": yes}
+  before = optimizer.update(grads, optimizer.init(PARAMS), PARAMS, **told)[1]
+  updates, state = optimizer.update(bad, before, PARAMS, norm=global_norm(bad), usable=no)
   assert all(not leaf.any() for leaf in jax.tree.leaves(updates))
   counts = [optax.tree.get(state, name) for name in ("notfinite_count", "total_notfinite")]
   assert counts == [1, 1]
   inner = [s[0].inner_state for s in (before, state)]
   jax.tree.map(np.testing.assert_array_equal, *inner)
-  _, state = optimizer.update(grads, state, PARAMS, usable=yes)
+  _, state = optimizer.update(grads, state, PARAMS, **told)
   assert optax.tree.get(state, "notfinite_count") == 0
   assert optax.tree.get(state, "total_notfinite") == 1
