@@ -77,27 +77,22 @@ def abstract_state(
   return on_mesh(jax.eval_shape(init), mesh)
 
 
-def lower_init(
+def init_state(
   model: nn.Module,
   optimizer: optax.GradientTransformation,
   shape,
   seed: int,
   mesh: Mesh,
   num_averages: int = 1,
-) -> jax.stages.Lowered:
-  """The program without arguments that makes the state at step 0 on the mesh, to be compiled."""
+) -> TrainState:
+  """The state at step 0, on the mesh."""
   target = abstract_state(model, optimizer, shape, mesh, num_averages)
   where = jax.tree.map(lambda leaf: leaf.sharding, target)
   params = lambda: init_params(model, shape, seed)
   init = lambda: first_state(joined(params), optimizer, num_averages)
   # XLA's CPU backend spends more on optimising the initialisers than it saves
   fast = {"xla_backend_optimization_level": "0"} if mesh.devices.flat[0].platform == "cpu" else None
-  return jax.jit(init, out_shardings=where, compiler_options=fast).lower()
-
-
-def init_state(*args, **kwargs) -> TrainState:
-  """The state at step 0, on the mesh; arguments as for `lower_init`."""
-  return lower_init(*args, **kwargs).compile()()
+  return jax.jit(init, out_shardings=where, compiler_options=fast)()
 
 
 def _bound(table: dict, settings: ml_collections.ConfigDict, field: str, **given) -> Callable:
