@@ -195,6 +195,7 @@ def solve(
   max_steps: int,
   args=None,
   norm: Callable[[PyTree], Array] = optimistix.rms_norm,
+  gains: tuple[float, float] = (0.0, 1.0),
 ) -> Solution:
   """Integrates `field` from t0 to t1 (either direction) with adaptive steps.
 
@@ -202,6 +203,7 @@ def solve(
     solver: a name in `SOLVERS`.
     max_steps: accepted and rejected steps allowed.
     norm: of the error of a step, a tree like `state` in units of the tolerance.
+    gains: proportional and integral, of the control of the step size.
   """
   method = lookup(SOLVERS, solver, "solver")()
   solution = diffrax.diffeqsolve(
@@ -212,7 +214,9 @@ def solve(
     dt0=3e-3 * (t1 - t0),
     y0=state,
     args=args,
-    stepsize_controller=_CountingController(rtol, atol, norm=norm),
+    stepsize_controller=_CountingController(
+      rtol, atol, pcoeff=gains[0], icoeff=gains[1], norm=norm
+    ),
     saveat=diffrax.SaveAt(t1=True, controller_state=True),
     max_steps=max_steps,
     adjoint=diffrax.ForwardMode(),
