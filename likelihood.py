@@ -87,13 +87,13 @@ def _solve_each(
   `flow_of(field, *example)` makes (the flow, its start) of the probability flow of one example.
   """
   ends = [noise_time(sde, t) for t in (sde.t_min, sde.t_max)]
-  options["gains"] = GAINS
 
   def one(label, *example):
     label = None if label is None else label[None]
     field = probability_flow(sde, lambda x, t, _: score_fn(x[None], t, label)[0])
     flow, start = flow_of(field, *example)
-    return solve(in_noise_time(sde, flow), start, *(ends[::-1] if decode else ends), **options)
+    span = ends[::-1] if decode else ends
+    return solve(in_noise_time(sde, flow), start, *span, gains=GAINS, **options)
 
   return jax.vmap(one, (None if labels is None else 0, *[0] * len(examples)))(labels, *examples)
 

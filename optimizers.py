@@ -100,7 +100,10 @@ def global_norm(grads: PyTree) -> Array:
 
 
 def clip(largest: float) -> optax.GradientTransformationExtraArgs:
-  """Gradients whose global norm, given as `norm`, is above `largest` are scaled down to it."""
+  """Gradients whose global norm, given as `norm`, is above `largest` are scaled down to it.
+
+  As `optax.clip_by_global_norm`, by a factor instead of a quotient of each, which XLA would keep.
+  """
 
   def update(updates, state, params=None, *, norm: Array, **_):
     scale = jnp.minimum(1.0, largest / norm)
@@ -113,7 +116,7 @@ def guard(inner: optax.GradientTransformation) -> optax.GradientTransformationEx
   """What `inner` does to gradients that are `usable`; others change nothing but the counts.
 
   As `optax.apply_if_finite`, without its branches, which keep XLA from fusing the update: each
-  number is chosen. The step of DDPM++ has 7,638 kernels instead of 11,579.
+  number is chosen: of the 11,579 kernels of DDPM++'s step then, 7,638 were left.
   """
   inner = optax.with_extra_args_support(inner)
 
@@ -123,7 +126,7 @@ def guard(inner: optax.GradientTransformation) -> optax.GradientTransformationEx
 
   def update(updates, state, params=None, *, usable: Array, **extra):
     updates, new = inner.update(updates, state.inner_state, params, **extra)
-    choose = functools.partial(jax.lax.select, usable)  # traced in a third of the time of jnp.where
+    choose = functools.partial(jax.lax.select, usable)  # half the time of jnp.where to trace
     updates = jax.tree.map(lambda u: choose(u, jnp.zeros_like(u)), updates)
     in_a_row = jnp.where(usable, 0, state.notfinite_count + 1)
     total = state.total_notfinite + ~usable

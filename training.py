@@ -293,7 +293,7 @@ def fitting_step(
   batches: PyTree,
   per_device: int,
   config: ml_collections.ConfigDict,
-  traced: Callable[[], Any] = lambda: None,
+  traced: Callable[[], Any],
 ) -> Callable:
   """The train step, compiled, of the fewest parts per device that `training.batch_per_device` and
   the memory allow, by what XLA says that its program needs.

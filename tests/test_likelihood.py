@@ -356,9 +356,9 @@ def test_the_step_control_suits_a_flow_that_is_rough_in_time(x64, monkeypatch):
   score_fn = lambda x, t, labels: -x * (1 + 2 * jnp.sin(300 * t))
 
   def run(solver, tolerance):
-    tight = {"rtol": tolerance, "atol": tolerance, "max_steps": 10_000}
+    options = {"solver": solver, "rtol": tolerance, "atol": tolerance, "max_steps": 10_000}
     evaluate = lambda x: log_likelihood(
-      jax.random.key(0), sde, score_fn, x, divergence="exact", solver=solver, **tight
+      jax.random.key(0), sde, score_fn, x, divergence="exact", **options
     )
     result = jax.jit(evaluate)(x)
     return result.log_prob, result.nfe.mean()
