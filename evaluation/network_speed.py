@@ -1,11 +1,12 @@
-"""How fast the DDPM++ network runs against the same network in PyTorch on the same cores:
-python -m evaluation.network_speed [rounds].
+"""How fast the DDPM++ network runs against the same network in PyTorch, and against itself with
+flax's own convolution and group norm, on the same cores: python -m evaluation.network_speed
+[rounds].
 
-Both have the same parameters, and their outputs are compared first. Rounds of the two alternate in
-one process, so that a busy machine slows both; medians of the elapsed and of the processor's time
-are compared. PyTorch (pip install torch) runs eagerly in its channels-last layout with the fused
-Adam; its threads wait passively (OMP_WAIT_POLICY): spinning ones lose most of their time to other
-processes on a busy machine, which would flatter us.
+All have the same parameters, and their outputs are compared first. Rounds alternate in one process,
+so that a busy machine slows all; medians of the elapsed and of the processor's time are compared.
+PyTorch (pip install torch) runs eagerly in its channels-last layout with the fused Adam; its
+threads wait passively (OMP_WAIT_POLICY): spinning ones lose most of their time to other processes
+on a busy machine, which would flatter us.
 """
 
 import importlib
@@ -18,8 +19,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax import linen as nn
 
 from models import ncsnpp
+from models.layers.conv import Conv
+from models.layers.norm import GroupNorm
 
 BATCH, SIZE, MULTIPLIERS, ATTENTION = 16, 32, (1, 2, 2, 2), 16
 NETWORK = ncsnpp.Model(
@@ -112,17 +116,39 @@ class TorchNetwork:
     return (x + h.reshape(b, height, width, c).permute(0, 3, 1, 2)) * math.sqrt(0.5)
 
 
-def ours(params, x, c_noise):
+def apply(params, x, c_noise):
+  """The output [b, h, w, c]."""
+  return NETWORK.apply({"params": params}, x, c_noise)
+
+
+def apply_flax(*args):
+  """The same with flax's layers."""
+  with nn.intercept_methods(_flax_layer):
+    return apply(*args)
+
+
+def _flax_layer(call, args, kwargs, context):
+  """What flax's layer of the same fields gives, for one of ours that stands in for it."""
+  module = context.module
+  layer = {Conv: nn.Conv, GroupNorm: nn.GroupNorm}.get(type(module))
+  if layer is None or context.method_name != "__call__":
+    return call(*args, **kwargs)
+  names = type(module).__annotations__.keys() - {"parent", "name"}
+  fields = {name: getattr(module, name) for name in names}
+  return layer(**fields, parent=None).apply({"params": module.variables["params"]}, *args)
+
+
+def ours(apply, params, x, c_noise):
   """Two functions without arguments: the output [b, h, w, c], and a train step."""
   optimizer = optax.adam(LEARNING_RATE)
-  loss = lambda params, x, c_noise: (NETWORK.apply({"params": params}, x, c_noise) ** 2).mean()
+  loss = lambda *args: (apply(*args) ** 2).mean()
 
   def step(state, x, c_noise):
     value, gradient = jax.value_and_grad(loss)(state[0], x, c_noise)
     updates, moments = optimizer.update(gradient, state[1])
     return (optax.apply_updates(state[0], updates), moments), value
 
-  forward = jax.jit(lambda params, *args: NETWORK.apply({"params": params}, *args))
+  forward = jax.jit(apply)
   compiled = jax.jit(step, donate_argnums=0)
   state = [jax.tree.map(jnp.copy, (params, optimizer.init(params)))]
 
@@ -166,15 +192,15 @@ def problem():
   return jax.tree.map(draw, params), x, c_noise
 
 
-def measure(pairs, rounds: int) -> np.ndarray:
-  """Seconds [2, rounds, len(pairs), 2], elapsed and of the processor, of each function in (ours,
-  theirs); a first round warms up and is dropped.
+def measure(functions, rounds: int) -> np.ndarray:
+  """Seconds [2, rounds, *shape], elapsed and of the processor, of each of the functions [*shape];
+  a first round warms up and is dropped.
   """
-  seconds = np.empty((rounds + 1, len(pairs), 2, 2))
+  seconds = np.empty((rounds + 1, *np.shape(functions), 2))
   clocks = lambda: np.array([time.perf_counter(), time.process_time()])
   for index in np.ndindex(seconds.shape[:3]):
     begin = clocks()
-    pairs[index[1]][index[2]]()
+    functions[index[1]][index[2]]()
     seconds[index] = clocks() - begin
   return np.moveaxis(seconds[1:], -1, 0)
 
@@ -187,14 +213,20 @@ def main() -> None:
   except ModuleNotFoundError:
     sys.exit("evaluation.network_speed compares with PyTorch: pip install torch")
   inputs = problem()
-  pairs = list(zip(ours(*inputs), theirs(torch, *inputs)))
-  np.testing.assert_allclose(*(forward() for forward in pairs[0]), atol=1e-3)
-  seconds = measure(pairs, int(sys.argv[1]) if len(sys.argv) > 1 else 10)
+  runs = (ours(apply, *inputs), theirs(torch, *inputs), ours(apply_flax, *inputs))
+  functions = list(zip(*runs))
+  mine, *others = (forward() for forward in functions[0])
+  for other in others:
+    np.testing.assert_allclose(mine, other, atol=1e-3)
+  seconds = measure(functions, int(sys.argv[1]) if len(sys.argv) > 1 else 10)
   for number, name in enumerate(("forward pass", "train step")):
     for clock, times in zip(("elapsed", "processor"), seconds[:, :, number]):
-      mine, other = np.median(times, axis=0) * 1e3
-      ratio = np.median(times[:, 0] / times[:, 1])
-      print(f"{name}, {clock}: {mine:.0f} ms, PyTorch {other:.0f} ms, ratio {ratio:.2f}")
+      ms = np.median(times, axis=0) * 1e3
+      ratios = np.median(times[:, :1] / times, axis=0)
+      parts = (
+        f"{n} {t:.0f} ms ({r:.2f})" for n, t, r in zip(("PyTorch", "flax"), ms[1:], ratios[1:])
+      )
+      print(f"{name}, {clock}: {ms[0]:.0f} ms; {', '.join(parts)}")
 
 
 if __name__ == "__main__":
