@@ -1,12 +1,12 @@
 """How fast the exact likelihood is: python -m evaluation.likelihood_speed [config or workdir
-[images]] [channels=N] [tolerance=T] [at_once=N] [rounds=N] [reference=T].
+[images]] [channels=N] [tolerance=T] [at_once=N] [rounds=N].
 
 Against a written-out baseline of the usual way (Song et al. 2021's released code): scipy's RK45 on
 the host over the whole flattened batch and its log-densities, rtol = atol = 1e-5; drift and
 divergence are two compiled passes of the network for each evaluation, forward, and forward with a
 backward pass for Hutchinson's estimate. Same network, same probes, float32. Rounds alternate, so
-that a busy machine slows both; medians are compared. Errors are against a solve in float64 at the
-tolerance `reference` (1e-6) with the same probes.
+that a busy machine slows both; medians are compared. Errors are against a solve in float64 at
+tolerance 1e-6 with the same probes.
 
 A config gives a random network, its kernels perturbed so that its output is not zero, on random
 images; a workdir its trained one on its data. `channels` replaces `nf` of a config, `tolerance`
@@ -39,9 +39,9 @@ from sde_lib import coefficients, example_keys, prior_log_prob
 
 KEY = 1
 SOURCE, COUNT = "configs/digits.py", 16
-OPTIONS = {"channels": 0, "tolerance": 1e-5, "at_once": 8, "rounds": 3, "reference": 1e-6}
+OPTIONS = {"channels": 0, "tolerance": 1e-5, "at_once": 8, "rounds": 3}
 BASELINE = {"rtol": 1e-5, "atol": 1e-5, "method": "RK45"}
-REFERENCE = {"solver": "dopri8", "max_steps": 10_000}
+REFERENCE = {"rtol": 1e-6, "atol": 1e-6, "solver": "dopri8", "max_steps": 10_000}
 
 
 class Run(NamedTuple):
@@ -115,14 +115,11 @@ def ours(
   return run
 
 
-def reference(
-  config: ConfigDict, params: PyTree, x: jax.Array, at_once: int, tolerance: float
-) -> np.ndarray:
+def reference(config: ConfigDict, params: PyTree, x: jax.Array, at_once: int) -> np.ndarray:
   """log p in float64 at a tight tolerance."""
   with jax.enable_x64(True):
     double = lambda tree: jax.tree.map(lambda a: jnp.asarray(np.asarray(a), jnp.float64), tree)
-    options = REFERENCE | {"rtol": tolerance, "atol": tolerance}
-    return ours(build(config), double(params), double(x), at_once, **options)().log_prob
+    return ours(build(config), double(params), double(x), at_once, **REFERENCE)().log_prob
 
 
 def perturbed(experiment: Experiment) -> PyTree:
@@ -145,7 +142,6 @@ def compare(
   tolerance: float,
   at_once: int,
   rounds: int,
-  tight: float,
 ) -> None:
   """Prints time per image, evaluations, passes and errors of both, and the ratio."""
   options = {"rtol": tolerance, "atol": tolerance, "solver": "dopri5"}
@@ -161,7 +157,7 @@ def compare(
       seconds[name].append((time.perf_counter() - begin) / len(x))
   ratio = np.median(np.array(seconds["baseline"]) / np.array(seconds["ours"]))
   print(f"{ratio:.2f} times less time per image", flush=True)
-  exact = reference(experiment.config, params, x, at_once, tight)
+  exact = reference(experiment.config, params, x, at_once)
   titles = f"{'median error':>14}{'rms':>10}{'largest':>10}{'of the mean (nats)':>20}"
   print(f"{'':<10}{'s/image':>10}{'NFE':>8}{'passes':>8}{titles}")
   for name, result in results.items():
@@ -182,7 +178,7 @@ def main() -> None:
   if len(places) > 2 or options.keys() != OPTIONS.keys():
     sys.exit(__doc__)
   source, count = (*places, *(SOURCE, COUNT)[len(places) :])
-  tolerance, tight, count = float(options["tolerance"]), float(options["reference"]), int(count)
+  tolerance, count = float(options["tolerance"]), int(count)
   channels, at_once, rounds = (int(options[n]) for n in ("channels", "at_once", "rounds"))
   if Path(source).is_dir():
     job = trained.start(settings.read(Path(source)), Path(source), train=False)
@@ -196,7 +192,7 @@ def main() -> None:
     experiment = build(config)
     params = perturbed(experiment)
     x = jax.random.uniform(jax.random.key(0), (count, *experiment.spec.shape), minval=-1.0)
-  compare(experiment, params, x, tolerance, at_once, rounds, tight)
+  compare(experiment, params, x, tolerance, at_once, rounds)
 
 
 if __name__ == "__main__":

@@ -138,17 +138,17 @@ def _flax_layer(call, args, kwargs, context):
   return layer(**fields, parent=None).apply({"params": module.variables["params"]}, *args)
 
 
-def ours(apply, params, x, c_noise):
+def in_jax(network, params, x, c_noise):
   """Two functions without arguments: the output [b, h, w, c], and a train step."""
   optimizer = optax.adam(LEARNING_RATE)
-  loss = lambda *args: (apply(*args) ** 2).mean()
+  loss = lambda *args: (network(*args) ** 2).mean()
 
   def step(state, x, c_noise):
     value, gradient = jax.value_and_grad(loss)(state[0], x, c_noise)
     updates, moments = optimizer.update(gradient, state[1])
     return (optax.apply_updates(state[0], updates), moments), value
 
-  forward = jax.jit(apply)
+  forward = jax.jit(network)
   compiled = jax.jit(step, donate_argnums=0)
   state = [jax.tree.map(jnp.copy, (params, optimizer.init(params)))]
 
@@ -159,7 +159,7 @@ def ours(apply, params, x, c_noise):
   return lambda: np.asarray(forward(params, x, c_noise)), train
 
 
-def theirs(torch, params, x, c_noise):
+def in_torch(torch, params, x, c_noise):
   """The same in PyTorch."""
   network = TorchNetwork(torch, params)
   optimizer = torch.optim.Adam(network.leaves, LEARNING_RATE, fused=True)
@@ -193,8 +193,8 @@ def problem():
 
 
 def measure(functions, rounds: int) -> np.ndarray:
-  """Seconds [2, rounds, *shape], elapsed and of the processor, of each of the functions [*shape];
-  a first round warms up and is dropped.
+  """Seconds [2, rounds, m, n], elapsed and of the processor, of each function of m rows of n; a
+  first round warms up and is dropped.
   """
   seconds = np.empty((rounds + 1, *np.shape(functions), 2))
   clocks = lambda: np.array([time.perf_counter(), time.process_time()])
@@ -213,7 +213,7 @@ def main() -> None:
   except ModuleNotFoundError:
     sys.exit("evaluation.network_speed compares with PyTorch: pip install torch")
   inputs = problem()
-  runs = (ours(apply, *inputs), theirs(torch, *inputs), ours(apply_flax, *inputs))
+  runs = (in_jax(apply, *inputs), in_torch(torch, *inputs), in_jax(apply_flax, *inputs))
   functions = list(zip(*runs))
   mine, *others = (forward() for forward in functions[0])
   for other in others:
